@@ -1,0 +1,75 @@
+# `make help` lists what there is to do.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+ORDERS ?=
+LIMIT ?=
+CONCURRENCY ?= 32
+OPENING_STOCK ?= 300
+BREAKING_BASE ?= HEAD
+PROTOS := $(shell find protos -name '*.proto')
+export PYTHONDONTWRITEBYTECODE := 1
+REPLAY := $(if $(ORDERS),--orders '$(ORDERS)') $(if $(LIMIT),--limit $(LIMIT)) \
+          --concurrency $(CONCURRENCY) --opening-stock $(OPENING_STOCK)
+
+.DEFAULT_GOAL := help
+.PHONY: help run demo up down test lint format gen clean
+
+help: ## Show this list
+	@printf 'Holdfast keeps stock right under load.\n\n'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@printf '\nOptions of run and demo: ORDERS=FILE LIMIT=orders CONCURRENCY=%s OPENING_STOCK=%s\n' \
+	  '$(CONCURRENCY)' '$(OPENING_STOCK)'
+
+run: gen ## Start everything, replay orders, show what happened, stay up until Ctrl-C
+	@$(BIN)/python -m deploy.local run $(REPLAY)
+
+demo: gen ## The same, but ends by itself; figures in .local/demo.json
+	@$(BIN)/python -m deploy.local demo $(REPLAY)
+
+up: gen ## Start everything in the background
+	@$(BIN)/python -m deploy.local up
+
+down: ## Stop what `make up` started
+	@$(BIN)/python -m deploy.local down
+
+test: gen ## Run all tests on real PostgreSQL, Redis and Kafka
+	@$(BIN)/python -m pytest $(ARGS)
+
+lint: gen ## Check style, types, imports and contracts
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+	$(BIN)/lint-imports
+	$(BIN)/buf lint
+	$(BIN)/buf format --diff --exit-code
+	@if git ls-tree -r --name-only $(BREAKING_BASE) 2>/dev/null | grep -q '^protos/'; then \
+	  echo '$(BIN)/buf breaking (against $(BREAKING_BASE))'; $(BIN)/buf breaking --against '.git#ref=$(BREAKING_BASE)'; fi
+
+format: gen ## Format the code and the contracts
+	@$(BIN)/ruff check --fix-only -q .
+	@$(BIN)/ruff format -q .
+	@$(BIN)/buf format -w
+
+gen: gen/.made ## Install into .venv and generate code from the contracts
+
+clean: ## Remove the environment, generated code and local data
+	@rm -rf $(VENV) gen .local .mypy_cache .ruff_cache .pytest_cache .hypothesis
+
+$(VENV)/.made: requirements.lock
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo 'Holdfast needs Python 3.11 or newer: install it, or name it with PYTHON=python3.12.'; exit 1; }
+	@echo 'Installing into $(VENV) (once) ...'
+	@$(PYTHON) -m venv $(VENV)
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
+	@$(BIN)/python -c "import pathlib, site; \
+	  pathlib.Path(site.getsitepackages()[0], 'holdfast.pth').write_text('$(CURDIR)\n$(CURDIR)/gen\n')"
+	@touch $@
+
+gen/.made: $(VENV)/.made $(PROTOS)
+	@mkdir -p gen
+	@$(BIN)/python -m grpc_tools.protoc -Iprotos --plugin=protoc-gen-mypy=$(BIN)/protoc-gen-mypy \
+	  --plugin=protoc-gen-mypy_grpc=$(BIN)/protoc-gen-mypy_grpc \
+	  --python_out=gen --grpc_python_out=gen --mypy_out=quiet:gen --mypy_grpc_out=quiet:gen $(PROTOS)
+	@touch $@

@@ -1,0 +1,1 @@
+"""How Holdfast is run: on one machine without containers (`deploy.local`), with Docker, and on Kubernetes."""

@@ -1,0 +1,306 @@
+"""Runs the pods of every service on a started stack: databases, topics, migrations, processes, restarts.
+
+with Stack().start() as stack, Supervisor(stack).start() as supervisor:
+    grpc.insecure_channel(supervisor.targets["reservation"])
+"""
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import time
+from collections import deque
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple, Self
+
+import grpc
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+
+from deploy.local.stack import REPOSITORY, Leash, Say, Stack, StackError, Topic, free_port, tail
+
+
+class Service(NamedTuple):
+    """A service, its own database, the module that runs it, and the services whose addresses its pods are told."""
+
+    name: str
+    database: str
+    module: str
+    calls: tuple[str, ...] = ()
+
+
+SERVICES = (
+    Service("inventory", "inventory", "services.inventory"),
+    Service("reservation", "reservation", "services.reservation", calls=("inventory",)),
+)
+TOPICS = (
+    Topic("holdfast.inventory.movements.v1"),
+    Topic("holdfast.inventory.catalog.v1", compacted=True),
+    Topic("holdfast.reservation.changes.v1"),
+    Topic("holdfast.inventory.commands.v1"),
+    Topic("holdfast.inventory.commands.v1.dlq"),
+)
+PODS_PER_SERVICE = 2
+SERVING_SECONDS_MAX = 60
+DRAIN_SECONDS_MAX = 15
+MIGRATION_SECONDS_MAX = 120
+RESTARTS_MAX = 5
+RESTARTS_WINDOW_SECONDS = 60
+
+
+@dataclass
+class Pod:
+    """One process of a service. Its port stays the same through restarts; its pid is that of the last process."""
+
+    name: str
+    service: Service
+    port: int
+    log: Path
+    process: subprocess.Popen[bytes] | None = None
+    wanted: bool = False  # whether the watch restarts it when it dies
+    restarts: deque[float] = field(default_factory=deque)
+
+    @property
+    def address(self) -> str:
+        return f"127.0.0.1:{self.port}"
+
+    @property
+    def pid(self) -> int | None:
+        return self.process.pid if self.process else None
+
+    @property
+    def running(self) -> bool:
+        return self.process is not None and self.process.poll() is None
+
+
+class Supervisor:
+    """The pods of `services` on a stack that runs. `say` is called from several threads."""
+
+    def __init__(self, stack: Stack, *, services: Sequence[Service] = SERVICES, say: Say = lambda _: None) -> None:
+        self._stack = stack
+        self._services = services
+        self._say = say
+        self._leash: Leash | None = None
+        self._guard = threading.RLock()  # one change of a pod's process at a time
+        self._stopping = threading.Event()
+        self._watch: threading.Thread | None = None
+        self.pods: list[Pod] = []
+        self.endpoints_file = stack.root / "endpoints.json"
+
+    def start(self) -> Self:
+        """Prepare the stack, migrate, start all pods side by side, and return when every one is SERVING.
+
+        Raises StackError with the last lines of the log of what failed; then no pod runs.
+        """
+        self._stopping.clear()
+        self._leash = Leash()
+        self.pods = [
+            Pod(name, service, free_port(), self._stack.log / f"{name}.log")
+            for service in self._services
+            for name in (f"{service.name}-{ordinal}" for ordinal in range(PODS_PER_SERVICE))
+        ]
+        try:
+            self._stack.databases(*(service.database for service in self._services))
+            self._stack.create_topics(*TOPICS)
+            with ThreadPoolExecutor(len(self.pods)) as pool:
+                list(pool.map(self._migrate, self._services))
+                for pod in self.pods:
+                    pod.log.unlink(missing_ok=True)
+                list(pool.map(self._bring_up, self.pods))
+        except BaseException:
+            self.stop()
+            raise
+        self._write_endpoints()
+        self._watch = threading.Thread(target=self.watch, name="watch", daemon=True)
+        self._watch.start()
+        return self
+
+    def stop(self) -> None:
+        """SIGTERM to every pod at once; who has not drained after DRAIN_SECONDS_MAX is killed. Harmless twice."""
+        self._stopping.set()
+        if self._watch:
+            self._watch.join()
+            self._watch = None
+        if self.pods:
+            with ThreadPoolExecutor(len(self.pods)) as pool:
+                list(pool.map(self._end, self.pods))
+        self.endpoints_file.unlink(missing_ok=True)
+        if self._leash:
+            self._leash.close()
+            self._leash = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.stop()
+
+    @property
+    def targets(self) -> dict[str, str]:
+        """The gRPC target of each service: all its pods, as `ipv4:127.0.0.1:p1,127.0.0.1:p2`."""
+        return {
+            service.name: "ipv4:" + ",".join(pod.address for pod in self.pods if pod.service is service)
+            for service in self._services
+        }
+
+    def pod(self, name: str) -> Pod:
+        """The pod of that name; KeyError if there is none."""
+        for pod in self.pods:
+            if pod.name == name:
+                return pod
+        raise KeyError(name)
+
+    # -- one pod ------------------------------------------------------------------------------------------------
+
+    def terminate(self, pod: Pod) -> int:
+        """SIGTERM, wait until it has drained (at most DRAIN_SECONDS_MAX, then SIGKILL), and answer its exit code.
+
+        It stays down until restart().
+        """
+        with self._guard:
+            return self._end(pod)
+
+    def kill(self, pod: Pod) -> None:
+        """SIGKILL, as a crash would; it stays down until restart()."""
+        with self._guard:
+            pod.wanted = False
+            if pod.process:
+                pod.process.kill()
+                pod.process.wait()
+
+    def restart(self, pod: Pod) -> None:
+        """Terminate it if it runs, start it on its port, and return when it is SERVING."""
+        with self._guard:
+            self._end(pod)
+            self._bring_up(pod)
+            self._write_endpoints()
+
+    def watch(self) -> None:
+        """Restart pods that die by themselves, until stop(); start() runs this in a thread.
+
+        A pod that needed RESTARTS_MAX restarts within RESTARTS_WINDOW_SECONDS and dies again stays down.
+        """
+        while not self._stopping.wait(0.2):
+            for pod in self.pods:
+                with self._guard:
+                    if pod.wanted and not pod.running:
+                        self._revive(pod)
+
+    def _revive(self, pod: Pod) -> None:
+        now = time.monotonic()
+        while pod.restarts and now - pod.restarts[0] > RESTARTS_WINDOW_SECONDS:
+            pod.restarts.popleft()
+        code = pod.process.returncode if pod.process else None
+        if len(pod.restarts) >= RESTARTS_MAX:
+            pod.wanted = False
+            self._say(f"{pod.name} ended with code {code} once too often and stays down:\n{tail(pod.log)}")
+            return
+        pod.restarts.append(now)
+        self._say(f"{pod.name} ended with code {code}: restarting it")
+        self._spawn(pod)
+        self._write_endpoints()
+
+    def _bring_up(self, pod: Pod) -> None:
+        began = time.monotonic()
+        process = self._spawn(pod)
+        with grpc.insecure_channel(pod.address) as channel:
+            stub = health_pb2_grpc.HealthStub(channel)
+            serving = health_pb2.HealthCheckResponse.SERVING
+            while True:
+                if process.poll() is not None:
+                    raise StackError(
+                        f"{pod.name} ended with code {process.returncode} before it served; "
+                        f"its last lines:\n{tail(pod.log)}"
+                    )
+                with suppress(grpc.RpcError):
+                    if stub.Check(health_pb2.HealthCheckRequest(), timeout=1).status == serving:
+                        break
+                if time.monotonic() - began > SERVING_SECONDS_MAX:
+                    raise StackError(
+                        f"{pod.name} did not serve within {SERVING_SECONDS_MAX} s; its last lines:\n{tail(pod.log)}"
+                    )
+                if self._stopping.wait(0.05):
+                    raise StackError(f"the start of {pod.name} was abandoned")
+        pod.wanted = True
+        self._say(f"{pod.name} serving on {pod.address} ({time.monotonic() - began:.1f} s)")
+
+    def _spawn(self, pod: Pod) -> subprocess.Popen[bytes]:
+        if self._leash is None:
+            raise StackError("the supervisor is not started")
+        pod.process = self._leash.spawn(
+            [sys.executable, "-m", pod.service.module, "--role", "all"],
+            log=pod.log,
+            cwd=REPOSITORY,
+            env=self.environment(pod.service)
+            | {"HOLDFAST_LISTEN": pod.address, "HOLDFAST_POD": pod.name}
+            | {f"HOLDFAST_{name.upper()}_TARGET": self.targets[name] for name in pod.service.calls},
+        )
+        return pod.process
+
+    def _end(self, pod: Pod) -> int:
+        pod.wanted = False
+        if pod.process is None:
+            return 0
+        pod.process.terminate()
+        try:
+            return pod.process.wait(DRAIN_SECONDS_MAX)
+        except subprocess.TimeoutExpired:
+            self._say(f"{pod.name} did not drain within {DRAIN_SECONDS_MAX} s: killed")
+            pod.process.kill()
+            return pod.process.wait()
+
+    # -- around them --------------------------------------------------------------------------------------------
+
+    def environment(self, service: Service) -> dict[str, str]:
+        """The environment every program of a service gets: this process's own, and where the stack is."""
+        return os.environ | {
+            "HOLDFAST_DATABASE_DSN": self._stack.postgres_dsn(service.database),
+            "HOLDFAST_REDIS_URL": self._stack.redis_url,
+            "HOLDFAST_KAFKA_BOOTSTRAP": self._stack.kafka_bootstrap,
+            "PYTHONUNBUFFERED": "1",
+        }
+
+    def _migrate(self, service: Service) -> None:
+        if self._leash is None:
+            raise StackError("the supervisor is not started")
+        log = self._stack.log / f"migrate-{service.name}.log"
+        log.unlink(missing_ok=True)
+        began = time.monotonic()
+        process = self._leash.spawn(
+            [sys.executable, "-m", "shared.migrate", service.name, "--phase", "all"],
+            log=log,
+            cwd=REPOSITORY,
+            env=self.environment(service),
+        )
+        while process.poll() is None:
+            late = time.monotonic() - began > MIGRATION_SECONDS_MAX
+            if late or self._stopping.wait(0.02):
+                process.kill()
+                process.wait()
+                why = f"took more than {MIGRATION_SECONDS_MAX} s" if late else "was abandoned"
+                raise StackError(f"the migration of {service.name} {why}")
+        if process.returncode:
+            raise StackError(f"the migration of {service.name} failed; its last lines:\n{tail(log)}")
+        self._say(f"{service.name} migrated ({time.monotonic() - began:.1f} s)")
+
+    def _write_endpoints(self) -> None:
+        """Say where everything is, for other programs; replaced whole, so that a reader never sees half of it."""
+        content = {
+            "targets": self.targets,
+            "dsns": {service.name: self._stack.postgres_dsn(service.database) for service in self._services},
+            "redis": self._stack.redis_url,
+            "kafka": self._stack.kafka_bootstrap,
+            "pids": {"supervisor": os.getpid()}
+            | self._stack.pids
+            | {pod.name: pod.pid for pod in self.pods if pod.running},
+        }
+        unfinished = self.endpoints_file.with_suffix(".new")
+        unfinished.write_text(json.dumps(content, indent=2) + "\n")
+        unfinished.replace(self.endpoints_file)

@@ -1,0 +1,37 @@
+"""Inventory: what is on the shelf, what is promised of it, and the ledger of every change.
+
+What it promises, and what keeps the promise:
+
+* `0 <= held <= on_hand + backorder_limit + short` for every (sku, location), and a new hold leaves
+  `safety_stock` alone. Twice guarded: by the WHERE of the write itself (`store.TAKE`) or by a decision
+  made from rows that the same transaction has locked (`store.LOCK`), and by a CHECK constraint.
+* Every change is a movement; versions have no gap; counters equal the sum of movements at each commit.
+* Every write has a request id, and a repeat finds its own first outcome: a hold in `hold`, a commit,
+  release or extension in `hold_change`, everything else in `request`. Refusals are kept as well.
+* State and event commit together (`shared.outbox`).
+
+How a hold is decided, when many pods decide at once:
+
+1. *Optimistic.* The whole batch's demand, summed for each key, in one guarded UPDATE over the sorted
+   keys. If each key comes back, each is locked and paid for; holds, movements and events follow.
+2. *Exact*, when a key was short, a hold id was known, or a line leaves its location open. All keys
+   that could be touched are locked in sorted order, expired holds on them are reclaimed, and requests
+   are decided one after the other, in order of arrival, from the locked rows. No second round is
+   needed: nothing can change under the locks.
+
+Stock rows are always locked before hold rows are touched, and always in ascending (sku, location): two
+transactions cannot wait for each other. A hold's rows change only under its stock rows' locks, so commit,
+release, extension, reclaim and sweep of one hold are serial, and each is whole or not at all.
+
+Time is the database's, read after the locks were granted: a hold whose time has come by then has
+expired, and recorded times never run backwards within a key.
+
+Crashes: before COMMIT nothing has happened; after it a retry with the same id finds what happened. A
+hold that nobody comes back for expires. Redis is told after the commit and may miss it: a cached value
+lives two seconds. Kafka is told by the relay.
+
+    hold:  HELD --commit--> sold      (each by quantity; what is left goes on being held)
+                --release--> free
+                --expire---> free
+           REFUSED (kept, so that a repeat sees it)
+"""

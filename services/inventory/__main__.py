@@ -1,0 +1,76 @@
+"""`python -m services.inventory [--role api|worker|all]`: builds the parts and runs them."""
+
+import argparse
+import asyncio
+import contextlib
+
+import redis.asyncio as redis
+import uvloop
+from holdfast.inventory.v1 import inventory_pb2, inventory_pb2_grpc
+
+from services.inventory.cache import Cache
+from services.inventory.commands import Commands
+from services.inventory.servicer import ERRORS, Servicer
+from services.inventory.settings import Settings
+from services.inventory.watch import Watch
+from services.inventory.workers import Workers
+from shared import logs, server
+from shared.database import Database
+from shared.settings import load
+
+NAME = inventory_pb2.DESCRIPTOR.services_by_name["InventoryService"].full_name
+
+
+async def run(settings: Settings, role: str) -> None:
+    """Run a pod until it is told to stop. A worker serves health alone."""
+    database = await Database.connect(
+        settings.database_dsn,
+        name=settings.pod,
+        connections_max=settings.database_connections_max,
+        timeout_seconds=settings.database_timeout_seconds,
+    )
+    client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
+    cache = Cache(
+        database,
+        client,
+        local_seconds=settings.cache_local_seconds,
+        redis_seconds=settings.cache_redis_seconds,
+        keys_max=settings.cache_keys_max,
+    )
+    commands = Commands(database, cache)
+    watch = Watch(database, poll_seconds=settings.watch_poll_seconds, streams_max=settings.watch_streams_max)
+    servicer = Servicer(settings, database, commands, cache, watch)
+    api = role in {"api", "all"}
+    services = [NAME] if api else []
+
+    def register(target: server.Server) -> None:
+        if api:
+            inventory_pb2_grpc.add_InventoryServiceServicer_to_server(servicer, target)
+
+    workers = None
+    if role in {"worker", "all"}:
+        workers = asyncio.create_task(Workers(settings, database, commands, client).run())
+    try:
+        listening, checks = server.build(settings, ERRORS, register, services)
+        await server.serve(listening, checks, services, settings.drain_seconds_max)
+    finally:
+        if workers:
+            workers.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await workers
+        await cache.close()
+        await client.aclose()
+        await database.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m services.inventory", description="Run an inventory pod.")
+    parser.add_argument("--role", choices=("api", "worker", "all"), default="all")
+    role = parser.parse_args().role
+    settings = load(Settings)
+    logs.configure(level=settings.log_level, style=settings.log_format, pod=settings.pod)
+    uvloop.run(run(settings, role))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,669 @@
+"""Every write of inventory. Each takes a batch, decides it in one transaction, and answers item by item.
+
+The package's docstring says why this is right. Here: `place` (holds), `change` (commit, release, extend
+and expire), `sweep`, `adjust`, and the catalogue.
+"""
+
+from collections.abc import Awaitable, Callable, Iterable, Sequence
+from dataclasses import replace
+from datetime import datetime
+from typing import TypeVar
+
+from google.protobuf.message import Message
+from holdfast.inventory.v1 import inventory_pb2
+
+from services.inventory import codec, domain, store
+from services.inventory.cache import Cache
+from services.inventory.domain import (
+    Adjustment,
+    Allocation,
+    Change,
+    Changed,
+    HoldChange,
+    HoldRequest,
+    HoldRow,
+    ImportRow,
+    Key,
+    Kind,
+    Mode,
+    Placed,
+    Plan,
+    Reason,
+    Shelf,
+    Stock,
+)
+from shared import outbox
+from shared.database import Connection, Database, Record
+from shared.refusal import Refusal
+
+SWEEP_HOLDS_MAX = 500
+IMPORT_CHUNK_ROWS = 500
+Answer = TypeVar("Answer", bound=Message)
+
+
+class _NotSimpleError(Exception):
+    """The optimistic way does not fit this batch; nothing was changed."""
+
+
+def reused(request_id: str) -> Refusal:
+    return Refusal(Reason.REQUEST_ID_REUSED, f"{request_id} was used with other content", request_id=request_id)
+
+
+class Commands:
+    """The writes, on one database; `cache` is told what was committed."""
+
+    def __init__(self, database: Database, cache: Cache) -> None:
+        self._database = database
+        self._cache = cache
+
+    # -- holds ------------------------------------------------------------------------------------
+
+    async def place(self, requests: Sequence[HoldRequest]) -> list[Placed | Refusal]:
+        """Place holds in order of arrival; a repeat gets its first outcome."""
+        simple = len({request.hold_id for request in requests}) == len(requests) and all(
+            request.mode is Mode.ALL and all(line.location for line in request.lines) for request in requests
+        )
+        if simple:
+            try:
+                return await self._commit(lambda connection: self._take(connection, requests))
+            except _NotSimpleError:
+                pass
+        return await self._commit(lambda connection: self._decide(connection, requests))
+
+    async def _take(
+        self, connection: Connection, requests: Sequence[HoldRequest]
+    ) -> tuple[list[Placed | Refusal], Shelf, datetime]:
+        demand: dict[Key, tuple[int, int]] = {}
+        for request in requests:
+            for line in request.lines:
+                units, holds = demand.get((line.sku, line.location), (0, 0))
+                demand[line.sku, line.location] = (units + line.quantity, holds + 1)
+        stocks, now = await store.take(connection, demand)
+        if now is None or len(stocks) != len(demand):
+            raise _NotSimpleError
+        shelf = Shelf(
+            {
+                key: replace(stock, held=stock.held - demand[key][0], version=stock.version - demand[key][1])
+                for key, stock in stocks.items()
+            }
+        )
+        rows: list[HoldRow] = []
+        placed: list[Placed | Refusal] = []
+        for request in requests:
+            plan = Plan(tuple(Allocation(x.sku, x.location, x.quantity) for x in request.lines))
+            rows += _book(shelf, request, plan, now)
+            placed.append(Placed(request.hold_id, plan.allocations, (), now + request.ttl))
+        if await store.insert_holds(connection, rows, now) != len(rows):
+            raise _NotSimpleError
+        await self._record(connection, shelf, now)
+        return placed, shelf, now
+
+    async def _decide(
+        self, connection: Connection, requests: Sequence[HoldRequest]
+    ) -> tuple[list[Placed | Refusal], Shelf, datetime]:
+        lines = [line for request in requests for line in request.lines]
+        sources = await store.sources(connection, [line.sku for line in lines if not line.location])
+        keys = {(line.sku, line.location) for line in lines if line.location}
+        keys |= {(sku, location) for sku, locations in sources.items() for location in locations}
+        before, now = await store.lock(connection, keys)
+        known = await store.read_holds(connection, [(line.sku, r.hold_id) for r in requests for line in r.lines])
+        refused = await self._unsellable(connection, requests, before, sources)
+        shelf = Shelf(dict(before))
+        await self._reclaim(connection, shelf, _short_keys(requests, before, sources), now)
+
+        answers: list[Placed | Refusal | None] = []
+        plans: dict[str, tuple[HoldRequest, Plan]] = {}
+        for request in requests:
+            first = plans.get(request.hold_id)
+            if first or request.hold_id in known:
+                content = first[0].fingerprint if first else known[request.hold_id][0].fingerprint
+                same = content == request.fingerprint
+                answers.append(None if same else reused(request.hold_id))
+            elif refusal := refused.get(request.hold_id):
+                answers.append(refusal)
+            else:
+                plan = domain.plan(request, shelf, sources)
+                plans[request.hold_id] = (request, plan)
+                _book(shelf, request, plan, now)
+                answers.append(None)
+
+        await self._explain(connection, plans, sources)
+        rows = [row for request, plan in plans.values() for row in _rows(request, plan, now)]
+        if await store.insert_holds(connection, rows, now) != len(rows):
+            raise AssertionError("a hold appeared under the locks of its stock")
+        await store.save(connection, before, shelf.stocks, now)
+        await self._record(connection, shelf, now)
+
+        fresh: set[str] = set()
+        placed: list[Placed | Refusal] = []
+        for request, answer in zip(requests, answers, strict=True):
+            if answer is not None:
+                placed.append(answer)
+            elif request.hold_id in plans:
+                plan = plans[request.hold_id][1]
+                again = request.hold_id in fresh
+                fresh.add(request.hold_id)
+                placed.append(Placed(request.hold_id, plan.allocations, plan.short_lines, now + request.ttl, again))
+            else:
+                placed.append(_replay(known[request.hold_id]))
+        return placed, shelf, now
+
+    async def _unsellable(
+        self,
+        connection: Connection,
+        requests: Sequence[HoldRequest],
+        stocks: dict[Key, Stock],
+        sources: dict[str, list[str]],
+    ) -> dict[str, Refusal]:
+        """Holds that name a SKU or a location that is unknown or archived, by hold id."""
+        doubtful = [
+            line
+            for request in requests
+            for line in request.lines
+            if (line.sku not in sources if not line.location else not _active(stocks, (line.sku, line.location)))
+        ]
+        if not doubtful:
+            return {}
+        skus = await store.unknown_skus(connection, [line.sku for line in doubtful])
+        locations = await store.unknown_locations(connection, [x.location for x in doubtful if x.location])
+        refused: dict[str, Refusal] = {}
+        for request in requests:
+            for line in request.lines:
+                refusal = _unknown(line.sku, line.location, skus, locations)
+                if refusal and request.hold_id not in refused:
+                    refused[request.hold_id] = refusal
+        return refused
+
+    async def _reclaim(self, connection: Connection, shelf: Shelf, keys: Iterable[Key], now: datetime) -> int:
+        """Give back what has expired on locked keys; return how many hold rows it was."""
+        rows = await store.expired_on_keys(connection, keys, now)
+        for row in rows:
+            shelf.move(row.key, Kind.EXPIRE, held=-row.held, hold_id=row.hold_id)
+        await store.move_holds(connection, Kind.EXPIRE, [(row, row.held) for row in rows])
+        return len(rows)
+
+    async def _explain(
+        self,
+        connection: Connection,
+        plans: dict[str, tuple[HoldRequest, Plan]],
+        sources: dict[str, list[str]],
+    ) -> None:
+        """Add to each short line when the next hold on its keys expires."""
+        keys = {
+            key
+            for _, plan in plans.values()
+            for line in plan.short_lines
+            for key in _keys(line.sku, line.location, sources)
+        }
+        if not keys:
+            return
+        until = await store.next_expiry(connection, keys)
+        for hold_id, (request, plan) in plans.items():
+            lines = []
+            for line in plan.short_lines:
+                times = [until[key] for key in _keys(line.sku, line.location, sources) if key in until]
+                lines.append(replace(line, next_expiry=min(times, default=None)))
+            plans[hold_id] = (request, replace(plan, short_lines=tuple(lines)))
+
+    async def change(self, changes: Sequence[HoldChange]) -> list[Changed | Refusal]:
+        """Commit (COMMIT), release (RELEASE), extend (HOLD) or expire (EXPIRE) holds, each whole or not.
+
+        An expiry answers with all that ever expired of the hold, so that its caller can book it once.
+        """
+        return await self._commit(lambda connection: self._change(connection, changes))
+
+    async def _change(
+        self, connection: Connection, changes: Sequence[HoldChange]
+    ) -> tuple[list[Changed | Refusal], Shelf, datetime]:
+        ids = {(sku, change.hold_id) for change in changes for sku in change.skus}
+        # Where a hold's units are never changes, so this may be read before the lock; what is left may not.
+        where = await store.read_holds(connection, ids)
+        before, now = await store.lock(connection, {row.key for rows in where.values() for row in rows if row.location})
+        holds = await store.read_holds(connection, ids)
+        known = await store.read_changes(connection, changes)
+        shelf = Shelf(dict(before))
+        answers: list[Changed | Refusal] = []
+        made: dict[tuple[str, str], tuple[HoldChange, tuple[Allocation, ...], datetime]] = {}
+        taken: dict[Kind, list[tuple[HoldRow, int]]] = {Kind.COMMIT: [], Kind.RELEASE: [], Kind.EXPIRE: []}
+        extended: dict[tuple[str, str], datetime] = {}
+        for change in changes:
+            identity = (change.hold_id, change.request_id)
+            if identity in made and change.kind is not Kind.EXPIRE:
+                first, allocations, expires_at = made[identity]
+                same = first.fingerprint == change.fingerprint
+                replayed = Changed(change.hold_id, allocations, expires_at, replayed=True)
+                answers.append(replayed if same else reused(change.request_id))
+                continue
+            if identity in known:
+                same = all(part.fingerprint == change.fingerprint for part in known[identity])
+                parts = tuple(a for part in known[identity] for a in part.allocations)
+                replayed = Changed(change.hold_id, parts, known[identity][0].expires_at, replayed=True)
+                answers.append(replayed if same else reused(change.request_id))
+                continue
+            rows = [row for row in holds.get(change.hold_id, ()) if row.sku in change.skus]
+            try:
+                outcome = _apply(shelf, change, rows, now, taken, extended)
+            except Refusal as refusal:
+                answers.append(refusal)
+                continue
+            if change.hold_id in holds:
+                holds[change.hold_id] = _after(holds[change.hold_id], change, taken, extended)
+            if change.kind is not Kind.EXPIRE:
+                made[identity] = (change, outcome.allocations, outcome.expires_at)
+            answers.append(outcome)
+        for kind, rows_taken in taken.items():
+            await store.move_holds(connection, kind, rows_taken)
+        await store.extend_holds(connection, [(*key, until) for key, until in extended.items()])
+        await store.insert_changes(connection, made.values(), now)
+        await store.save(connection, before, shelf.stocks, now)
+        await self._record(connection, shelf, now)
+        return answers, shelf, now
+
+    async def sweep(self, holds_max: int = SWEEP_HOLDS_MAX) -> int:
+        """Expire holds whose time has come; return how many rows. Two sweepers at once do no harm."""
+
+        async def work(connection: Connection) -> tuple[int, Shelf, datetime]:
+            keys = await store.expired(connection, holds_max)
+            if not keys:
+                return 0, Shelf({}), datetime.min  # noqa: DTZ901 - not used
+            before, now = await store.lock(connection, keys)
+            shelf = Shelf(dict(before))
+            swept = await self._reclaim(connection, shelf, before, now)
+            await store.save(connection, before, shelf.stocks, now)
+            await self._record(connection, shelf, now)
+            return swept, shelf, now
+
+        return await self._commit(work)
+
+    # -- adjustments ------------------------------------------------------------------------------
+
+    async def adjust(self, adjustments: Sequence[Adjustment]) -> list[inventory_pb2.AdjustStockResponse | Refusal]:
+        """Apply adjustments in order, each atomic; a repeat gets its first outcome, refusals included."""
+        keys = {key for ask in adjustments for key in ask.keys}
+
+        async def work(
+            connection: Connection,
+        ) -> tuple[list[inventory_pb2.AdjustStockResponse | Refusal], Shelf, datetime]:
+            return await self._adjust(connection, adjustments, keys)
+
+        try:
+            return await self._commit(work)
+        except _NotSimpleError:
+            # Some key has no stock row yet: make those that can be, on their own, and do it again.
+            await self._database.run(lambda connection: store.make_stock(connection, keys))
+            keys = set()
+            return await self._commit(work)
+
+    async def _adjust(
+        self, connection: Connection, adjustments: Sequence[Adjustment], required: set[Key]
+    ) -> tuple[list[inventory_pb2.AdjustStockResponse | Refusal], Shelf, datetime]:
+        before, now = await store.lock(connection, {key for ask in adjustments for key in ask.keys})
+        if not required <= before.keys():
+            raise _NotSimpleError
+        known = await store.read_requests(connection, [(ask.sku, ask.request_id) for ask in adjustments])
+        doubtful = [ask for ask in adjustments if not all(_active(before, key) for key in ask.keys)]
+        skus, locations = {}, {}
+        if doubtful:
+            skus = await store.unknown_skus(connection, [ask.sku for ask in doubtful])
+            places = [location for ask in doubtful for _, location in ask.keys]
+            locations = await store.unknown_locations(connection, places)
+        shelf = Shelf(dict(before))
+        fresh: list[store.Request] = []
+        answers: list[inventory_pb2.AdjustStockResponse | Refusal] = []
+        for ask in adjustments:
+            if first := known.get((ask.sku, ask.request_id)):
+                answers.append(_first(first, ask.fingerprint, inventory_pb2.AdjustStockResponse))
+                continue
+            missing = next(
+                (r for sku, at in ask.keys if (r := _unknown(sku, at, skus, locations)) and _bars(ask, r)),
+                None,
+            )
+            if missing:
+                answers.append(missing)
+                continue
+            try:
+                answer = codec.adjusted(domain.adjust(shelf, ask), now)
+                request = store.Request(ask.sku, ask.request_id, ask.fingerprint, answer.SerializeToString())
+                answers.append(answer)
+            except Refusal as refusal:
+                said = (refusal.reason, refusal.message, refusal.metadata)
+                request = store.Request(ask.sku, ask.request_id, ask.fingerprint, refusal=said)
+                answers.append(refusal)
+            known[ask.sku, ask.request_id] = request
+            fresh.append(request)
+        await store.insert_requests(connection, fresh)
+        await store.save(connection, before, shelf.stocks, now)
+        await self._record(connection, shelf, now)
+        return answers, shelf, now
+
+    # -- the catalogue ----------------------------------------------------------------------------
+
+    async def create_sku(
+        self, request_id: str, fingerprint: bytes, fields: tuple[str, str, str, str, str, int]
+    ) -> inventory_pb2.CreateSkuResponse:
+        async def work(connection: Connection) -> inventory_pb2.CreateSkuResponse:
+            rows = await connection.fetch(store.INSERT_SKUS, *([value] for value in fields))
+            if not rows:
+                first = await self._known(connection, fields[0], request_id)
+                if first is None:
+                    raise Refusal(Reason.SKU_ALREADY_EXISTS, f"SKU {fields[0]} exists", sku=fields[0])
+                return _answer(first, fingerprint, inventory_pb2.CreateSkuResponse)
+            answer = inventory_pb2.CreateSkuResponse(sku=codec.sku(rows[0]))
+            await self._remember(connection, fields[0], request_id, fingerprint, answer)
+            await outbox.write(connection, [codec.sku_changed(rows[0])])
+            return answer
+
+        return await self._database.run(work)
+
+    async def update_sku(
+        self,
+        sku: str,
+        request_id: str,
+        fingerprint: bytes,
+        etag: int | None,
+        new: dict[str, object],
+        answer_type: type[Answer],
+    ) -> Answer:
+        """Change the named columns of a SKU; `active` False archives it and closes its stock."""
+
+        async def work(connection: Connection) -> Answer:
+            row = await connection.fetchrow(store.LOCK_SKU, sku)
+            if row is None:
+                raise Refusal(Reason.SKU_NOT_FOUND, f"there is no SKU {sku}", sku=sku)
+            if first := await self._known(connection, sku, request_id):
+                return _answer(first, fingerprint, answer_type)
+            _check_etag(row, etag)
+            names = ("name", "category", "unit", "currency_code", "price_micros", "active")
+            changed = await connection.fetchrow(store.UPDATE_SKU, sku, *(new.get(name, row[name]) for name in names))
+            assert changed is not None
+            if not changed["active"]:
+                await connection.execute(store.CLOSE_STOCK_OF_SKU, sku)
+            answer = answer_type(sku=codec.sku(changed))
+            await self._remember(connection, sku, request_id, fingerprint, answer)
+            await outbox.write(connection, [codec.sku_changed(changed)])
+            return answer
+
+        return await self._database.run(work)
+
+    async def create_location(
+        self, request_id: str, fingerprint: bytes, fields: tuple[str, str, int]
+    ) -> inventory_pb2.CreateLocationResponse:
+        async def work(connection: Connection) -> inventory_pb2.CreateLocationResponse:
+            row = await connection.fetchrow(store.INSERT_LOCATION, *fields)
+            if row is None:
+                first = await self._known(connection, _location_key(fields[0]), request_id)
+                if first is None:
+                    raise Refusal(Reason.LOCATION_ALREADY_EXISTS, f"location {fields[0]} exists", location=fields[0])
+                return _answer(first, fingerprint, inventory_pb2.CreateLocationResponse)
+            answer = inventory_pb2.CreateLocationResponse(location=codec.location(row))
+            await self._remember(connection, _location_key(fields[0]), request_id, fingerprint, answer)
+            return answer
+
+        return await self._database.run(work)
+
+    async def update_location(
+        self,
+        location: str,
+        request_id: str,
+        fingerprint: bytes,
+        etag: int | None,
+        new: dict[str, object],
+        answer_type: type[Answer],
+    ) -> Answer:
+        """Change the named columns of a location; `active` False archives it and closes its stock."""
+
+        async def work(connection: Connection) -> Answer:
+            row = await connection.fetchrow(store.LOCK_LOCATION, location)
+            if row is None:
+                raise Refusal(Reason.LOCATION_NOT_FOUND, f"there is no location {location}", location=location)
+            if first := await self._known(connection, _location_key(location), request_id):
+                return _answer(first, fingerprint, answer_type)
+            _check_etag(row, etag)
+            names = ("name", "priority", "active")
+            changed = await connection.fetchrow(
+                store.UPDATE_LOCATION, location, *(new.get(name, row[name]) for name in names)
+            )
+            assert changed is not None
+            if not changed["active"]:
+                await connection.execute(store.CLOSE_STOCK_OF_LOCATION, location)
+            answer = answer_type(location=codec.location(changed))
+            await self._remember(connection, _location_key(location), request_id, fingerprint, answer)
+            return answer
+
+        return await self._database.run(work)
+
+    async def check_import(self, rows: Sequence[ImportRow]) -> list[tuple[int, Refusal]]:
+        """What is wrong with rows that are well formed: where they go, and what is archived."""
+        if not rows:
+            return []
+        async with self._database.connection() as connection:
+            skus = await store.unknown_skus(connection, {row.sku[0] for row in rows})
+            locations = await store.unknown_locations(connection, {row.location for row in rows})
+        archived = {sku: True for sku, known in skus.items() if known}
+        checked = ((row.row_number, _unknown(row.sku[0], row.location, archived, locations)) for row in rows)
+        return [(row_number, refusal) for row_number, refusal in checked if refusal]
+
+    async def import_rows(self, request_id: str, rows: Sequence[ImportRow]) -> tuple[int, int]:
+        """Apply checked rows in chunks, each row once; return (applied, known from before)."""
+        known = 0
+        for start in range(0, len(rows), IMPORT_CHUNK_ROWS):
+            chunk = rows[start : start + IMPORT_CHUNK_ROWS]
+
+            async def work(connection: Connection, chunk: Sequence[ImportRow] = chunk) -> int:
+                skus = sorted({row.sku[0]: row.sku for row in reversed(chunk)}.values())
+                made = await connection.fetch(store.INSERT_SKUS, *store.split(skus))
+                await outbox.write(connection, [codec.sku_changed(row) for row in made])
+                await store.make_stock(connection, [(row.sku[0], row.location) for row in chunk])
+                ids = [(row.sku[0], f"{request_id}#{row.row_number}") for row in chunk]
+                return len(await store.read_requests(connection, ids))
+
+            known += await self._database.run(work)
+            asks = [ask for row in chunk for ask in _imported(request_id, row)]
+            for answer in await self.adjust(asks):
+                if isinstance(answer, Refusal) and answer.reason != Reason.VERSION_MISMATCH:
+                    raise answer
+        return len(rows) - known, known
+
+    async def _known(self, connection: Connection, key: str, request_id: str) -> store.Request | None:
+        found = await store.read_requests(connection, [(key, request_id)])
+        return found.get((key, request_id))
+
+    async def _remember(
+        self, connection: Connection, key: str, request_id: str, fingerprint: bytes, answer: Message
+    ) -> None:
+        request = store.Request(key, request_id, fingerprint, answer.SerializeToString())
+        await store.insert_requests(connection, [request])
+
+    # -- both -------------------------------------------------------------------------------------
+
+    async def _record(self, connection: Connection, shelf: Shelf, now: datetime) -> None:
+        await store.insert_movements(connection, shelf.movements, now)
+        await outbox.write(connection, codec.moved(shelf.movements, now))
+
+    async def _commit(self, work: Callable[[Connection], Awaitable[tuple["Result", Shelf, datetime]]]) -> "Result":
+        result, shelf, now = await self._database.run(work)
+        self._cache.wrote(shelf.stocks.values(), now)
+        return result
+
+
+Result = TypeVar("Result")
+
+
+def _book(shelf: Shelf, request: HoldRequest, plan: Plan, now: datetime) -> list[HoldRow]:
+    for part in plan.allocations:
+        shelf.move(
+            (part.sku, part.location),
+            Kind.HOLD,
+            held=part.quantity,
+            hold_id=request.hold_id,
+            request_id=request.hold_id,
+        )
+    return _rows(request, plan, now)
+
+
+def _rows(request: HoldRequest, plan: Plan, now: datetime) -> list[HoldRow]:
+    """The hold's rows. Each SKU has slot 0, even with nothing held, so that a repeat always meets it."""
+    rows: list[HoldRow] = []
+    for sku in sorted({line.sku for line in request.lines}):
+        parts = [(part.location, part.quantity) for part in plan.allocations if part.sku == sku] or [("", 0)]
+        short = tuple(line for line in plan.short_lines if line.sku == sku)
+        rows += [
+            HoldRow(
+                sku, request.hold_id, slot, location, quantity, quantity, 0, 0, 0, request.fingerprint,
+                now, now + request.ttl, () if slot else short,
+            )
+            for slot, (location, quantity) in enumerate(parts)
+        ]  # fmt: skip
+    return rows
+
+
+def _replay(rows: Sequence[HoldRow]) -> Placed:
+    return Placed(
+        rows[0].hold_id,
+        tuple(Allocation(row.sku, row.location, row.quantity) for row in rows if row.quantity),
+        tuple(line for row in rows for line in row.short_lines),
+        max(row.expires_at for row in rows),
+        replayed=True,
+    )
+
+
+def _keys(sku: str, location: str, sources: dict[str, list[str]]) -> list[Key]:
+    return [(sku, location)] if location else [(sku, at) for at in sources.get(sku, ())]
+
+
+def _short_keys(requests: Iterable[HoldRequest], stocks: dict[Key, Stock], sources: dict[str, list[str]]) -> list[Key]:
+    """Locked keys on which someone might be refused."""
+    demand: dict[Key, int] = {}
+    for request in requests:
+        for line in request.lines:
+            for key in _keys(line.sku, line.location, sources):
+                demand[key] = demand.get(key, 0) + line.quantity
+    return [key for key, units in demand.items() if key in stocks and stocks[key].available < units]
+
+
+def _active(stocks: dict[Key, Stock], key: Key) -> bool:
+    return key in stocks and stocks[key].active
+
+
+def _unknown(sku: str, location: str, skus: dict[str, bool], locations: dict[str, bool]) -> Refusal | None:
+    if sku in skus:
+        if skus[sku]:
+            return Refusal(Reason.SKU_ARCHIVED, f"SKU {sku} is archived", sku=sku)
+        return Refusal(Reason.SKU_NOT_FOUND, f"there is no SKU {sku}", sku=sku)
+    if location in locations:
+        if locations[location]:
+            return Refusal(Reason.LOCATION_ARCHIVED, f"location {location} is archived", location=location)
+        return Refusal(Reason.LOCATION_NOT_FOUND, f"there is no location {location}", location=location)
+    return None
+
+
+def _bars(ask: Adjustment, refusal: Refusal) -> bool:
+    """Archived goods and places may still be emptied, counted and given back; they take nothing new."""
+    archived = refusal.reason in {Reason.SKU_ARCHIVED, Reason.LOCATION_ARCHIVED}
+    leaving = refusal.metadata.get("location", ask.location) == ask.location and ask.change not in {
+        Change.RECEIVE,
+        Change.POLICY,
+    }
+    return not (archived and leaving)
+
+
+def _apply(
+    shelf: Shelf,
+    change: HoldChange,
+    rows: Sequence[HoldRow],
+    now: datetime,
+    taken: dict[Kind, list[tuple[HoldRow, int]]],
+    extended: dict[tuple[str, str], datetime],
+) -> Changed:
+    """Decide and book one change of a hold."""
+    if change.kind is Kind.HOLD:
+        until = domain.extend(change, rows, now)
+        extended.update({(sku, change.hold_id): until for sku in change.skus})
+        return Changed(change.hold_id, (), until)
+    if change.kind is Kind.EXPIRE:
+        parts = domain.expire(change, rows, now)
+        total = {(row.sku, row.location): row.expired for row in rows if row.location}
+    else:
+        parts = domain.take(change, rows, now)
+        total = {}
+    for row, quantity in parts:
+        shelf.move(
+            row.key,
+            change.kind,
+            on_hand=-quantity if change.kind is Kind.COMMIT else 0,
+            held=-quantity,
+            hold_id=change.hold_id,
+            request_id="" if change.kind is Kind.EXPIRE else change.request_id,
+        )
+        total[row.key] = total.get(row.key, 0) + quantity
+    taken[change.kind] += parts
+    return Changed(
+        change.hold_id,
+        tuple(Allocation(*key, units) for key, units in sorted(total.items()) if units),
+        max(row.expires_at for row in rows),
+    )
+
+
+def _after(
+    rows: Sequence[HoldRow],
+    change: HoldChange,
+    taken: dict[Kind, list[tuple[HoldRow, int]]],
+    extended: dict[tuple[str, str], datetime],
+) -> list[HoldRow]:
+    """A hold's rows after a change, for the next change of it in the batch."""
+    if change.kind is Kind.HOLD:
+        return [replace(row, expires_at=extended.get((row.sku, row.hold_id), row.expires_at)) for row in rows]
+    gone: dict[tuple[str, int], int] = {}
+    for row, quantity in taken[change.kind]:
+        if row.hold_id == change.hold_id and any(row is known for known in rows):
+            gone[row.sku, row.slot] = gone.get((row.sku, row.slot), 0) + quantity
+    column = {Kind.COMMIT: "committed", Kind.RELEASE: "released", Kind.EXPIRE: "expired"}[change.kind]
+    return [
+        replace(row, held=row.held - units, **{column: getattr(row, column) + units})
+        if (units := gone.get((row.sku, row.slot), 0))
+        else row
+        for row in rows
+    ]
+
+
+def _first(request: store.Request, fingerprint: bytes, answer_type: type[Answer]) -> Answer | Refusal:
+    """A write's first outcome, or the refusal of other content under its id."""
+    if request.fingerprint != fingerprint:
+        return reused(request.request_id)
+    if request.refusal:
+        reason, message, metadata = request.refusal
+        return Refusal(reason, message, **metadata)
+    return answer_type.FromString(request.outcome)
+
+
+def _answer(request: store.Request, fingerprint: bytes, answer_type: type[Answer]) -> Answer:
+    first = _first(request, fingerprint, answer_type)
+    if isinstance(first, Refusal):
+        raise first
+    return first
+
+
+def _check_etag(row: Record, etag: int | None) -> None:
+    if etag is not None and etag != row["version"]:
+        raise Refusal(Reason.ETAG_MISMATCH, "it was changed since it was read; read it again", etag=row["version"])
+
+
+def _location_key(location: str) -> str:
+    """Locations share `request` with SKUs; no code has a space."""
+    return f"location {location}"
+
+
+def _imported(request_id: str, row: ImportRow) -> list[Adjustment]:
+    """The adjustments of one row: its policy when the stock is new, then its units. Both once."""
+    asks: list[Adjustment] = []
+    identity = f"{request_id}#{row.row_number}"
+    if row.safety_stock or row.backorder_limit:
+        asks.append(
+            Adjustment(
+                f"{identity}#policy", row.sku[0], row.location, Change.POLICY, expected_version=0,
+                safety_stock=row.safety_stock, backorder_limit=row.backorder_limit,
+                fingerprint=row.fingerprint,
+            )
+        )  # fmt: skip
+    change = Adjustment(identity, row.sku[0], row.location, Change.RECEIVE, row.quantity, fingerprint=row.fingerprint)
+    return [*asks, change]

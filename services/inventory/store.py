@@ -1,0 +1,588 @@
+"""Every SQL statement of inventory, and the functions that run them.
+
+A function that takes part in a transaction takes `connection` first. Keys are always passed in
+ascending (sku, location); `shared.database` keeps the planner on that order.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Any
+
+import sqlalchemy as sa
+
+from services.inventory.domain import (
+    Allocation,
+    HoldChange,
+    HoldRow,
+    Key,
+    Kind,
+    Movement,
+    ShortLine,
+    Stock,
+)
+from shared.database import Connection, Record, fetch
+
+COUNTERS = "on_hand, stock.held, safety_stock, backorder_limit, short, stock.version, stock.active"
+STOCK_COLUMNS = f"stock.sku, stock.location, {COUNTERS}"
+
+# The guard of the fast path: each key is paid for in full, or does not come back.
+TAKE = f"""
+UPDATE stock SET held = stock.held + demand.quantity, version = stock.version + demand.holds,
+                 updated_at = clock_timestamp()
+FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[]) AS demand (sku, location, quantity, holds)
+WHERE stock.sku = demand.sku AND stock.location = demand.location AND stock.active
+  AND on_hand - stock.held - safety_stock + backorder_limit >= demand.quantity
+RETURNING {STOCK_COLUMNS}, clock_timestamp() AS time
+"""
+# Locks rows and reads them as they are under the lock. An UPDATE, because a sharded database refuses
+# SELECT ... FOR UPDATE over several shards.
+LOCK = f"""
+UPDATE stock SET held = stock.held
+FROM unnest($1::text[], $2::text[]) AS key (sku, location)
+WHERE stock.sku = key.sku AND stock.location = key.location
+RETURNING {STOCK_COLUMNS}, clock_timestamp() AS time
+"""
+# Writes what was decided under the lock; the version says that it was.
+SAVE = """
+UPDATE stock SET on_hand = new.on_hand, held = new.held, safety_stock = new.safety_stock,
+                 backorder_limit = new.backorder_limit, short = new.short, version = new.version,
+                 updated_at = $9
+FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[],
+            $8::bigint[], $10::bigint[])
+  AS new (sku, location, on_hand, held, safety_stock, backorder_limit, short, version, old_version)
+WHERE stock.sku = new.sku AND stock.location = new.location AND stock.version = new.old_version
+"""
+# Makes the stock rows that are missing, where both SKU and location are known.
+MAKE_STOCK = """
+INSERT INTO stock (sku, location, active)
+SELECT key.sku, key.location, sku.active AND location.active
+FROM unnest($1::text[], $2::text[]) AS key (sku, location)
+  JOIN sku ON sku.sku = key.sku JOIN location ON location.location = key.location
+ON CONFLICT DO NOTHING
+"""
+# The keys that a line without a location may be met from, in order of priority.
+SOURCES = """
+SELECT stock.sku, stock.location FROM unnest($1::text[]) AS asked (sku)
+  JOIN stock ON stock.sku = asked.sku JOIN location ON location.location = stock.location
+WHERE stock.active ORDER BY stock.sku, location.priority, stock.location
+"""
+# A row for each key, and the time as of which it is so.
+READ_STOCK = f"""
+SELECT key.sku, key.location, {COUNTERS}, statement_timestamp() AS time
+FROM unnest($1::text[], $2::text[]) AS key (sku, location)
+  LEFT JOIN stock ON stock.sku = key.sku AND stock.location = key.location
+"""
+# The joint view of a SKU over its active locations.
+SUM_STOCK = """
+SELECT stock.sku, sum(on_hand)::bigint AS on_hand, sum(held)::bigint AS held,
+       sum(safety_stock)::bigint AS safety_stock, sum(backorder_limit)::bigint AS backorder_limit,
+       sum(short)::bigint AS short,
+       sum(greatest(0, on_hand - held - safety_stock + backorder_limit))::bigint AS available,
+       statement_timestamp() AS time
+FROM unnest($1::text[]) AS asked (sku) JOIN stock ON stock.sku = asked.sku
+WHERE stock.active GROUP BY stock.sku
+"""
+UNKNOWN_SKUS = """
+SELECT asked.sku, sku.active FROM unnest($1::text[]) AS asked (sku) LEFT JOIN sku ON sku.sku = asked.sku
+WHERE sku.active IS NOT TRUE
+"""
+UNKNOWN_LOCATIONS = """
+SELECT asked.location, location.active FROM unnest($1::text[]) AS asked (location)
+  LEFT JOIN location ON location.location = asked.location
+WHERE location.active IS NOT TRUE
+"""
+# A known hold does not come back in the count: its first outcome stands.
+INSERT_HOLDS = """
+INSERT INTO hold (sku, hold_id, slot, location, quantity, held, fingerprint, expires_at, short_lines,
+                  created_at)
+SELECT sku, hold_id, slot, location, quantity, quantity, fingerprint, expires_at, short_lines::jsonb, $9
+FROM unnest($1::text[], $2::text[], $3::smallint[], $4::text[], $5::bigint[], $6::bytea[],
+            $7::timestamptz[], $8::text[])
+  AS new (sku, hold_id, slot, location, quantity, fingerprint, expires_at, short_lines)
+ON CONFLICT DO NOTHING
+"""
+READ_HOLDS = """
+SELECT hold.* FROM unnest($1::text[], $2::text[]) AS asked (sku, hold_id)
+  JOIN hold ON hold.sku = asked.sku AND hold.hold_id = asked.hold_id
+ORDER BY hold.sku, hold.hold_id, hold.location, hold.slot
+"""
+# What is left of some holds moves from `held` to where it went; `held` guards it.
+MOVE_HOLDS = """
+UPDATE hold SET held = hold.held - gone.committed - gone.released - gone.expired,
+                committed = hold.committed + gone.committed, released = hold.released + gone.released,
+                expired = hold.expired + gone.expired
+FROM unnest($1::text[], $2::text[], $3::smallint[], $4::bigint[], $5::bigint[], $6::bigint[])
+  AS gone (sku, hold_id, slot, committed, released, expired)
+WHERE hold.sku = gone.sku AND hold.hold_id = gone.hold_id AND hold.slot = gone.slot
+  AND hold.held >= gone.committed + gone.released + gone.expired
+"""
+EXTEND_HOLDS = """
+UPDATE hold SET expires_at = new.expires_at
+FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS new (sku, hold_id, expires_at)
+WHERE hold.sku = new.sku AND hold.hold_id = new.hold_id AND hold.held > 0
+"""
+# Expired holds on locked keys, to be given back before anyone is refused.
+EXPIRED_ON_KEYS = """
+SELECT hold.* FROM unnest($1::text[], $2::text[]) AS key (sku, location)
+  JOIN hold ON hold.sku = key.sku AND hold.location = key.location
+WHERE hold.held > 0 AND hold.expires_at <= $3
+ORDER BY hold.sku, hold.location, hold.expires_at
+"""
+# Which holds' time has come: unlocked, only to know which keys to lock.
+EXPIRED = """
+SELECT DISTINCT sku, location FROM (
+  SELECT sku, location FROM hold WHERE held > 0 AND expires_at <= clock_timestamp()
+  ORDER BY expires_at LIMIT $1
+) AS due
+"""
+NEXT_EXPIRY = """
+SELECT key.sku, key.location, (
+  SELECT min(expires_at) FROM hold WHERE hold.sku = key.sku AND hold.location = key.location AND held > 0
+) AS expires_at
+FROM unnest($1::text[], $2::text[]) AS key (sku, location)
+"""
+READ_CHANGES = """
+SELECT hold_change.* FROM unnest($1::text[], $2::text[], $3::text[]) AS asked (sku, hold_id, request_id)
+  JOIN hold_change ON hold_change.sku = asked.sku AND hold_change.hold_id = asked.hold_id
+    AND hold_change.request_id = asked.request_id
+ORDER BY hold_change.sku
+"""
+INSERT_CHANGES = """
+INSERT INTO hold_change (sku, hold_id, request_id, kind, fingerprint, allocations, expires_at, created_at)
+SELECT sku, hold_id, request_id, kind, fingerprint, allocations::jsonb, expires_at, $8
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::timestamptz[])
+  AS new (sku, hold_id, request_id, kind, fingerprint, allocations, expires_at)
+"""
+READ_REQUESTS = """
+SELECT request.* FROM unnest($1::text[], $2::text[]) AS asked (key, request_id)
+  JOIN request ON request.key = asked.key AND request.request_id = asked.request_id
+"""
+INSERT_REQUESTS = """
+INSERT INTO request (key, request_id, fingerprint, outcome, refusal)
+SELECT key, request_id, fingerprint, outcome, refusal::jsonb
+FROM unnest($1::text[], $2::text[], $3::bytea[], $4::bytea[], $5::text[])
+  AS new (key, request_id, fingerprint, outcome, refusal)
+"""
+INSERT_MOVEMENTS = """
+INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
+                      short, safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
+SELECT new.*, $16::timestamptz
+FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[],
+            $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bigint[], $13::text[], $14::text[],
+            $15::text[]) AS new
+"""
+# Watched keys that have moved on since the caller's version.
+MOVED = """
+SELECT stock.sku, stock.location, known.version AS known
+FROM unnest($1::text[], $2::text[], $3::bigint[]) AS known (sku, location, version)
+  JOIN stock ON stock.sku = known.sku AND stock.location = known.location
+WHERE stock.version <> known.version
+"""
+# The next movements of keys, in version order.
+MOVEMENTS_AFTER = """
+SELECT movement.* FROM unnest($1::text[], $2::text[], $3::bigint[]) AS known (sku, location, version)
+  CROSS JOIN LATERAL (
+    SELECT * FROM movement WHERE movement.sku = known.sku AND movement.location = known.location
+      AND movement.version > known.version ORDER BY movement.version LIMIT $4
+  ) AS movement
+"""
+# Ledger against counters against holds, for the next keys in order, in one snapshot.
+DRIFT = """
+SELECT stock.sku, stock.location,
+       on_hand - (SELECT coalesce(sum(on_hand_delta), 0) FROM movement
+                  WHERE movement.sku = stock.sku AND movement.location = stock.location) AS on_hand_drift,
+       held - (SELECT coalesce(sum(held_delta), 0) FROM movement
+               WHERE movement.sku = stock.sku AND movement.location = stock.location) AS held_drift,
+       held - (SELECT coalesce(sum(hold.held), 0) FROM hold
+               WHERE hold.sku = stock.sku AND hold.location = stock.location AND hold.held > 0) AS hold_drift
+FROM stock WHERE (stock.sku, stock.location) > ($1, $2) ORDER BY stock.sku, stock.location LIMIT $3
+"""
+MAKE_PARTITION = """
+CREATE TABLE IF NOT EXISTS {name} PARTITION OF movement FOR VALUES FROM ('{start}') TO ('{end}')
+"""
+
+LOCK_SKU = "UPDATE sku SET version = version WHERE sku = $1 RETURNING *"
+LOCK_LOCATION = "UPDATE location SET version = version WHERE location = $1 RETURNING *"
+INSERT_SKUS = """
+INSERT INTO sku (sku, name, category, unit, currency_code, price_micros)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::text[], $6::bigint[])
+ON CONFLICT DO NOTHING RETURNING *
+"""
+INSERT_LOCATION = """
+INSERT INTO location (location, name, priority) VALUES ($1, $2, $3) ON CONFLICT DO NOTHING RETURNING *
+"""
+UPDATE_SKU = """
+UPDATE sku SET name = $2, category = $3, unit = $4, currency_code = $5, price_micros = $6, active = $7,
+               version = version + 1, updated_at = clock_timestamp()
+WHERE sku = $1 RETURNING *
+"""
+UPDATE_LOCATION = """
+UPDATE location SET name = $2, priority = $3, active = $4, version = version + 1,
+                    updated_at = clock_timestamp()
+WHERE location = $1 RETURNING *
+"""
+# Archiving closes the stock rows, in the order in which everyone locks them.
+CLOSE_STOCK_OF_SKU = """
+UPDATE stock SET active = false FROM (
+  SELECT sku, location FROM stock WHERE sku = $1 ORDER BY sku, location
+) AS key WHERE stock.sku = key.sku AND stock.location = key.location
+"""
+CLOSE_STOCK_OF_LOCATION = """
+UPDATE stock SET active = false FROM (
+  SELECT sku, location FROM stock WHERE location = $1 ORDER BY sku, location
+) AS key WHERE stock.sku = key.sku AND stock.location = key.location
+"""
+
+SKU = sa.table(
+    "sku", *(sa.column(name) for name in ("sku", "name", "category", "unit", "currency_code")),
+    sa.column("active", sa.Boolean), sa.column("price_micros"), sa.column("version"),
+    sa.column("created_at"), sa.column("updated_at"),
+)  # fmt: skip
+LOCATION = sa.table(
+    "location", *(sa.column(name) for name in ("location", "name", "priority", "version")),
+    sa.column("active", sa.Boolean), sa.column("created_at"), sa.column("updated_at"),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A write that was made: its content's fingerprint, and its first outcome or refusal."""
+
+    key: str
+    request_id: str
+    fingerprint: bytes
+    outcome: bytes = b""
+    refusal: tuple[str, str, dict[str, str]] | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class KnownChange:
+    """A hold's change that was made, as far as it concerns one SKU."""
+
+    fingerprint: bytes
+    allocations: tuple[Allocation, ...]
+    expires_at: datetime
+
+
+def affected(status: str) -> int:
+    """The row count in a command tag such as "INSERT 0 5"."""
+    return int(status.rsplit(" ", 1)[1])
+
+
+def split(keys: Iterable[Sequence[Any]]) -> list[list[Any]]:
+    """Rows to columns; two empty ones when there are no rows."""
+    columns = [list(column) for column in zip(*keys, strict=True)]
+    return columns or [[], []]
+
+
+def _stock(row: Record) -> Stock:
+    return Stock(*tuple(row)[:9])
+
+
+async def take(
+    connection: Connection, demand: Mapping[Key, tuple[int, int]]
+) -> tuple[dict[Key, Stock], datetime | None]:
+    """Hold `demand` (units, holds) of each key; keys that are short do not come back.
+
+    The time is that of the last row locked, None when none was.
+    """
+    keys = sorted(demand)
+    rows = await connection.fetch(TAKE, *split(keys), *split(demand[key] for key in keys))
+    return {(row["sku"], row["location"]): _stock(row) for row in rows}, _latest(rows)
+
+
+async def lock(connection: Connection, keys: Iterable[Key]) -> tuple[dict[Key, Stock], datetime]:
+    """Lock keys and read them; with the database's time after the last lock. Missing keys are left out."""
+    rows = await connection.fetch(LOCK, *split(sorted(set(keys))))
+    now = _latest(rows) or await connection.fetchval("SELECT clock_timestamp()")
+    return {(row["sku"], row["location"]): _stock(row) for row in rows}, now
+
+
+def _latest(rows: Sequence[Record]) -> datetime | None:
+    return max((row["time"] for row in rows), default=None)
+
+
+async def save(connection: Connection, before: Mapping[Key, Stock], after: Mapping[Key, Stock], now: datetime) -> None:
+    """Write the locked stocks that changed."""
+    changed = [after[key] for key in sorted(after) if after[key] != before[key]]
+    if not changed:
+        return
+    columns = split(
+        (s.sku, s.location, s.on_hand, s.held, s.safety_stock, s.backorder_limit, s.short, s.version) for s in changed
+    )
+    status = await connection.execute(SAVE, *columns, now, [before[s.key].version for s in changed])
+    if affected(status) != len(changed):
+        raise AssertionError("stock changed under its lock")
+
+
+async def make_stock(connection: Connection, keys: Iterable[Key]) -> None:
+    await connection.execute(MAKE_STOCK, *split(sorted(set(keys))))
+
+
+async def sources(connection: Connection, skus: Iterable[str]) -> dict[str, list[str]]:
+    """Each SKU's open locations in order of priority."""
+    found: dict[str, list[str]] = {}
+    for row in await connection.fetch(SOURCES, sorted(set(skus))):
+        found.setdefault(row["sku"], []).append(row["location"])
+    return found
+
+
+async def read_stock(connection: Connection, keys: Iterable[Key]) -> dict[Key, tuple[Stock, datetime]]:
+    """Each key's stock, of version 0 where there is none, and the time as of which it is so."""
+    rows = await connection.fetch(READ_STOCK, *split(sorted(set(keys))))
+    return {
+        (row["sku"], row["location"]): (
+            Stock(row["sku"], row["location"]) if row["version"] is None else _stock(row),
+            row["time"],
+        )
+        for row in rows
+    }
+
+
+async def sum_stock(connection: Connection, skus: Iterable[str]) -> dict[str, Record]:
+    return {row["sku"]: row for row in await connection.fetch(SUM_STOCK, sorted(set(skus)))}
+
+
+async def unknown_skus(connection: Connection, skus: Iterable[str]) -> dict[str, bool]:
+    """Of `skus`, those that take no new stock or holds: True when archived, False when unknown."""
+    rows = await connection.fetch(UNKNOWN_SKUS, sorted(set(skus)))
+    return {row["sku"]: row["active"] is False for row in rows}
+
+
+async def unknown_locations(connection: Connection, locations: Iterable[str]) -> dict[str, bool]:
+    """As `unknown_skus`, of locations."""
+    rows = await connection.fetch(UNKNOWN_LOCATIONS, sorted(set(locations)))
+    return {row["location"]: row["active"] is False for row in rows}
+
+
+async def insert_holds(connection: Connection, rows: Sequence[HoldRow], now: datetime) -> int:
+    """Insert hold rows; return how many were new."""
+    if not rows:
+        return 0
+    ordered = sorted(rows, key=lambda row: (row.sku, row.hold_id, row.slot))
+    columns = split(
+        (
+            r.sku,
+            r.hold_id,
+            r.slot,
+            r.location,
+            r.quantity,
+            r.fingerprint,
+            r.expires_at,
+            _short_json(r.short_lines),
+        )
+        for r in ordered
+    )
+    return affected(await connection.execute(INSERT_HOLDS, *columns, now))
+
+
+def _short_json(lines: Sequence[ShortLine]) -> str | None:
+    if not lines:
+        return None
+    return json.dumps(
+        [[x.location, x.requested, x.available, x.next_expiry.isoformat() if x.next_expiry else None] for x in lines]
+    )
+
+
+def _hold(row: Record) -> HoldRow:
+    short = json.loads(row["short_lines"]) if row["short_lines"] else []
+    return HoldRow(
+        row["sku"], row["hold_id"], row["slot"], row["location"], row["quantity"], row["held"],
+        row["committed"], row["released"], row["expired"], row["fingerprint"], row["created_at"],
+        row["expires_at"],
+        tuple(
+            ShortLine(row["sku"], at, asked, had, datetime.fromisoformat(until) if until else None)
+            for at, asked, had, until in short
+        ),
+    )  # fmt: skip
+
+
+async def read_holds(connection: Connection, ids: Iterable[tuple[str, str]]) -> dict[str, list[HoldRow]]:
+    """The rows of (sku, hold id) pairs, by hold id, in order of (sku, location)."""
+    found: dict[str, list[HoldRow]] = {}
+    for row in await connection.fetch(READ_HOLDS, *split(sorted(set(ids)))):
+        found.setdefault(row["hold_id"], []).append(_hold(row))
+    return found
+
+
+async def move_holds(connection: Connection, kind: Kind, taken: Iterable[tuple[HoldRow, int]]) -> None:
+    """Move units of locked holds from held to where `kind` says."""
+    totals: dict[tuple[str, str, int], int] = {}
+    for row, quantity in taken:
+        slot = (row.sku, row.hold_id, row.slot)
+        totals[slot] = totals.get(slot, 0) + quantity
+    if not totals:
+        return
+    slots = sorted(totals)
+    counts = [totals[slot] for slot in slots]
+    none = [0] * len(slots)
+    columns = [counts if kind is column else none for column in (Kind.COMMIT, Kind.RELEASE, Kind.EXPIRE)]
+    status = await connection.execute(MOVE_HOLDS, *split(slots), *columns)
+    if affected(status) != len(slots):
+        raise AssertionError("holds changed under their lock")
+
+
+async def extend_holds(connection: Connection, new: Iterable[tuple[str, str, datetime]]) -> None:
+    rows = sorted(new)
+    if rows:
+        await connection.execute(EXTEND_HOLDS, *split(rows))
+
+
+async def expired_on_keys(connection: Connection, keys: Iterable[Key], now: datetime) -> list[HoldRow]:
+    rows = await connection.fetch(EXPIRED_ON_KEYS, *split(sorted(set(keys))), now)
+    return [_hold(row) for row in rows]
+
+
+async def expired(connection: Connection, holds_max: int) -> list[Key]:
+    return [(row["sku"], row["location"]) for row in await connection.fetch(EXPIRED, holds_max)]
+
+
+async def next_expiry(connection: Connection, keys: Iterable[Key]) -> dict[Key, datetime]:
+    rows = await connection.fetch(NEXT_EXPIRY, *split(sorted(set(keys))))
+    return {(row["sku"], row["location"]): row["expires_at"] for row in rows if row["expires_at"]}
+
+
+async def read_changes(
+    connection: Connection, changes: Iterable[HoldChange]
+) -> dict[tuple[str, str], list[KnownChange]]:
+    """Changes made before, by (hold id, request id)."""
+    asked = sorted({(sku, c.hold_id, c.request_id) for c in changes for sku in c.skus})
+    found: dict[tuple[str, str], list[KnownChange]] = {}
+    for row in await connection.fetch(READ_CHANGES, *(split(asked) if asked else ([], [], []))):
+        allocations = tuple(Allocation(row["sku"], at, units) for at, units in json.loads(row["allocations"]))
+        found.setdefault((row["hold_id"], row["request_id"]), []).append(
+            KnownChange(row["fingerprint"], allocations, row["expires_at"])
+        )
+    return found
+
+
+async def insert_changes(
+    connection: Connection,
+    made: Iterable[tuple[HoldChange, Sequence[Allocation], datetime]],
+    now: datetime,
+) -> None:
+    """Remember changes, a row for each SKU of each."""
+    rows = [
+        (
+            sku, change.hold_id, change.request_id, change.kind.value, change.fingerprint,
+            json.dumps([[a.location, a.quantity] for a in allocations if a.sku == sku]), expires_at,
+        )
+        for change, allocations, expires_at in made
+        for sku in change.skus
+    ]  # fmt: skip
+    if rows:
+        await connection.execute(INSERT_CHANGES, *split(sorted(rows)), now)
+
+
+async def read_requests(connection: Connection, ids: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Request]:
+    """Writes made before, by (key, request id)."""
+    rows = await connection.fetch(READ_REQUESTS, *split(sorted(set(ids))))
+    return {
+        (row["key"], row["request_id"]): Request(
+            row["key"],
+            row["request_id"],
+            row["fingerprint"],
+            row["outcome"],
+            tuple(json.loads(row["refusal"])) if row["refusal"] else None,
+        )
+        for row in rows
+    }
+
+
+async def insert_requests(connection: Connection, requests: Iterable[Request]) -> None:
+    rows = sorted(
+        (r.key, r.request_id, r.fingerprint, r.outcome, json.dumps(r.refusal) if r.refusal else None) for r in requests
+    )
+    if rows:
+        await connection.execute(INSERT_REQUESTS, *split(rows))
+
+
+async def insert_movements(connection: Connection, movements: Sequence[Movement], now: datetime) -> None:
+    if not movements:
+        return
+    columns = split(
+        (
+            m.after.sku, m.after.location, m.after.version, m.kind.value, m.on_hand_delta, m.held_delta,
+            m.short_delta, m.after.on_hand, m.after.held, m.after.short, m.after.safety_stock,
+            m.after.backorder_limit, m.hold_id, m.request_id, m.reference,
+        )
+        for m in movements
+    )  # fmt: skip
+    await connection.execute(INSERT_MOVEMENTS, *columns, now)
+
+
+async def movements_after(
+    connection: Connection, versions: Mapping[Key, int], movements_max: int
+) -> list[tuple[Movement, datetime]]:
+    """The next movements of each key after a version, at most `movements_max` a key, by key and version."""
+    keys = sorted(versions)
+    asked = [*split(keys), [versions[key] for key in keys]]
+    moved = await connection.fetch(MOVED, *asked)
+    if not moved:
+        return []
+    later = [
+        [row["sku"] for row in moved],
+        [row["location"] for row in moved],
+        [row["known"] for row in moved],
+    ]
+    return [
+        (
+            Movement(
+                Stock(
+                    row["sku"], row["location"], row["on_hand"], row["held"], row["safety_stock"],
+                    row["backorder_limit"], row["short"], row["version"],
+                ),
+                Kind(row["kind"]), row["on_hand_delta"], row["held_delta"], row["short_delta"],
+                row["hold_id"], row["request_id"], row["reference"],
+            ),
+            row["recorded_at"],
+        )
+        for row in await connection.fetch(MOVEMENTS_AFTER, *later, movements_max)
+    ]  # fmt: skip
+
+
+async def make_partitions(connection: Connection, today: datetime, months_ahead: int) -> None:
+    """Make the ledger's partitions of this month and of those to come."""
+    for ahead in range(months_ahead + 1):
+        start, end = _month(today, ahead), _month(today, ahead + 1)
+        await connection.execute(
+            MAKE_PARTITION.format(name=f"movement_{start:%Y_%m}", start=start.isoformat(), end=end.isoformat())
+        )
+
+
+def _month(today: datetime, ahead: int) -> datetime:
+    years, month = divmod(today.month - 1 + ahead, 12)
+    return datetime(today.year + years, month + 1, 1, tzinfo=UTC)
+
+
+async def get_sku(connection: Connection, sku: str) -> Record | None:
+    return await connection.fetchrow("SELECT * FROM sku WHERE sku = $1", sku)
+
+
+async def get_location(connection: Connection, location: str) -> Record | None:
+    return await connection.fetchrow("SELECT * FROM location WHERE location = $1", location)
+
+
+async def list_skus(
+    connection: Connection, *, after: str, prefix: str, category: str, show_archived: bool, limit: int
+) -> list[Record]:
+    """A page of SKUs in order of their code, by keyset."""
+    statement = sa.select(SKU).where(SKU.c.sku > after).order_by(SKU.c.sku).limit(limit)
+    if prefix:
+        statement = statement.where(SKU.c.sku.between(prefix, prefix + "\U0010ffff"))
+    if category:
+        below = SKU.c.category.between(category + "/", category + "/\U0010ffff")
+        statement = statement.where(sa.or_(SKU.c.category == category, below))
+    if not show_archived:
+        statement = statement.where(SKU.c.active)
+    return await fetch(connection, statement)
+
+
+async def list_locations(connection: Connection, *, after: str, show_archived: bool, limit: int) -> list[Record]:
+    """A page of locations in order of their code, by keyset."""
+    statement = sa.select(LOCATION).where(LOCATION.c.location > after).order_by(LOCATION.c.location).limit(limit)
+    if not show_archived:
+        statement = statement.where(LOCATION.c.active)
+    return await fetch(connection, statement)

@@ -1,0 +1,112 @@
+"""Micro-batching: while one batch is in flight, the next one gathers. No timer.
+
+A caller that comes alone waits for nobody; under load the batch grows by itself to what arrived during
+the batch before it. What waits is bounded in items and in bytes, and what finds the queue full is
+refused at once (OVERLOADED). An item whose caller has gone, or whose deadline has passed, is dropped
+before the work begins. Order of arrival is kept.
+"""
+
+import asyncio
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Generic, TypeVar
+
+from shared.refusal import Refusal
+
+Item = TypeVar("Item")
+Result = TypeVar("Result")
+
+
+@dataclass(slots=True)
+class _Waiting(Generic[Item, Result]):
+    item: Item
+    lines: int
+    size_bytes: int
+    deadline: float
+    done: asyncio.Future[Result]
+
+
+@dataclass(slots=True)
+class Batcher(Generic[Item, Result]):
+    """Turns many concurrent `submit`s into few calls of `handle`.
+
+    `handle` gets the items in order of arrival and returns one result or exception for each, in the
+    same order; what it raises is raised to every caller of the batch. `name` is said in refusals.
+    """
+
+    name: str
+    handle: Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]]
+    batch_items_max: int = 256
+    batch_lines_max: int = 4096
+    queue_items_max: int = 4096
+    queue_bytes_max: int = 32 << 20
+    _queue: deque[_Waiting[Item, Result]] = field(default_factory=deque, init=False)
+    _queue_bytes: int = field(default=0, init=False)
+    _worker: asyncio.Task[None] | None = field(default=None, init=False)
+
+    async def submit(
+        self, item: Item, *, lines: int = 1, size_bytes: int = 0, seconds_left: float | None = None
+    ) -> Result:
+        """Wait for the item's turn and return its result.
+
+        Raises Refusal OVERLOADED when the queue is full, DEADLINE_PASSED when `seconds_left` were over
+        before the item's batch began, and whatever the item came to.
+        """
+        if len(self._queue) >= self.queue_items_max or self._queue_bytes + size_bytes > self.queue_bytes_max:
+            raise Refusal(
+                "OVERLOADED",
+                f"more than {self.queue_items_max} calls wait; come back later",
+                queue=self.name,
+                limit=self.queue_items_max,
+            )
+        loop = asyncio.get_running_loop()
+        deadline = float("inf") if seconds_left is None else loop.time() + seconds_left
+        waiting = _Waiting(item, lines, size_bytes, deadline, loop.create_future())
+        self._queue.append(waiting)
+        self._queue_bytes += size_bytes
+        if self._worker is None:
+            self._worker = loop.create_task(self._work())
+        result: Result = await waiting.done
+        return result
+
+    async def close(self) -> None:
+        """Wait until everything submitted has been answered."""
+        while self._worker is not None:
+            await asyncio.wait([self._worker])
+
+    async def _work(self) -> None:
+        while batch := self._take():
+            try:
+                results = await self.handle([waiting.item for waiting in batch])
+            except Exception as error:  # noqa: BLE001 - raised again to each caller
+                results = [error] * len(batch)
+            for waiting, result in zip(batch, results, strict=True):
+                if waiting.done.done():
+                    continue
+                if isinstance(result, Exception):
+                    waiting.done.set_exception(result)
+                else:
+                    waiting.done.set_result(result)
+        self._worker = None
+
+    def _take(self) -> list[_Waiting[Item, Result]]:
+        now = asyncio.get_running_loop().time()
+        batch: list[_Waiting[Item, Result]] = []
+        lines = 0
+        while self._queue and len(batch) < self.batch_items_max:
+            waiting = self._queue[0]
+            if batch and lines + waiting.lines > self.batch_lines_max:
+                break
+            self._queue.popleft()
+            self._queue_bytes -= waiting.size_bytes
+            if waiting.done.done():
+                continue
+            if waiting.deadline <= now:
+                waiting.done.set_exception(
+                    Refusal("DEADLINE_PASSED", "the caller's time was over before the work began")
+                )
+                continue
+            batch.append(waiting)
+            lines += waiting.lines
+        return batch

@@ -1,0 +1,76 @@
+"""Checks of what callers send. Each raises Refusal FIELD_INVALID that names the field."""
+
+import re
+from datetime import UTC, datetime, timedelta
+
+from google.protobuf.duration_pb2 import Duration
+from google.protobuf.timestamp_pb2 import Timestamp
+
+from shared.refusal import Refusal
+
+CODE = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
+CURRENCY = re.compile(r"[A-Z]{3}")
+QUANTITY_MAX = 10**12
+MICROS_MAX = 10**15
+TTL_SECONDS_DEFAULT = 15 * 60
+TTL_SECONDS_MAX = 24 * 3600
+
+
+def invalid(field: str, why: str) -> Refusal:
+    return Refusal("FIELD_INVALID", f"{field} {why}", field=field)
+
+
+def code(value: str, field: str, *, optional: bool = False) -> str:
+    """A SKU, location or id."""
+    if not (CODE.fullmatch(value) or (optional and not value)):
+        raise invalid(field, "must be 1 to 64 characters of A-Z a-z 0-9 . _ : / -")
+    return value
+
+
+def text(value: str, field: str, characters_max: int) -> str:
+    """Free text without control characters."""
+    if len(value) > characters_max:
+        raise invalid(field, f"must have at most {characters_max} characters")
+    if not value.isprintable():
+        raise invalid(field, "must not have control characters")
+    return value
+
+
+def quantity(value: int, field: str, *, least: int = 1, most: int = QUANTITY_MAX) -> int:
+    if not least <= value <= most:
+        raise invalid(field, f"must be from {least} to {most}")
+    return value
+
+
+def count(items: int, field: str, limit: int, *, least: int = 1) -> None:
+    """The number of items in a call."""
+    if items > limit:
+        raise Refusal("TOO_MANY_ITEMS", f"{field} has more than {limit} items", field=field, limit=limit)
+    if items < least:
+        raise invalid(field, "must not be empty")
+
+
+def money(currency_code: str, micros: int, field: str) -> tuple[str, int]:
+    """A price; no currency and no micros at all means none."""
+    if not currency_code and not micros:
+        return "", 0
+    if not CURRENCY.fullmatch(currency_code):
+        raise invalid(f"{field}.currency_code", "must be three upper-case letters")
+    return currency_code, quantity(micros, f"{field}.micros", least=0, most=MICROS_MAX)
+
+
+def ttl(value: Duration, field: str) -> timedelta:
+    """A time to live; zero means the default of 15 minutes."""
+    if not value.seconds and not value.nanos:
+        return timedelta(seconds=TTL_SECONDS_DEFAULT)
+    if not 0 <= value.nanos < 10**9 or not 1 <= value.seconds + value.nanos / 1e9 <= TTL_SECONDS_MAX:
+        raise invalid(field, f"must be from 1 to {TTL_SECONDS_MAX} seconds")
+    return timedelta(seconds=value.seconds, microseconds=value.nanos // 1000)
+
+
+def time(value: Timestamp, field: str) -> datetime:
+    """A point in time from the year 1 to the year 9999."""
+    try:
+        return value.ToDatetime(tzinfo=UTC)
+    except (ValueError, OverflowError):
+        raise invalid(field, "is no time") from None

@@ -1,0 +1,220 @@
+"""A Kafka consumer that knows three kinds of failure, and the dead letters of one.
+
+* `Busy`: what is needed is away for the moment. The same messages are tried again, with growing waits;
+  nothing is skipped.
+* `Poison`: this message will never do. It goes to the dead letter topic with its reason and where it
+  came from, and the partition goes on.
+* Anything else is broken: nothing is committed and the consumer stops with it; whoever started it
+  starts it again, and the messages come again.
+
+Each partition is worked in order, partitions at the same time. Offsets are committed after the
+handler, so a message comes at least once and handlers must be idempotent. Too many dead letters within
+a minute are a sign that the consumer is wrong and not the messages: it stops (`DeadLetterLimitError`)
+before it has drained a topic into the dead letters.
+
+`python -m shared.consumer inspect TOPIC.dlq` shows dead letters; `... replay TOPIC.dlq` sends those that
+were not replayed before back to where they came from, each once.
+"""
+
+import argparse
+import asyncio
+import contextlib
+import os
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from typing import TypeAlias
+
+import structlog
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, KafkaError
+
+from shared.outbox import producer
+
+log = structlog.get_logger(__name__)
+Message: TypeAlias = "ConsumerRecord[bytes | None, bytes | None]"
+
+BATCH_MESSAGES_MAX = 500
+BUSY_SECONDS_MAX = 5.0
+DLQ_WINDOW_SECONDS = 60
+IDLE_MS = 2_000
+
+
+class Busy(Exception):
+    """Try again later."""
+
+
+class DeadLetterLimitError(Exception):
+    """Too many messages were poison for it to be their fault."""
+
+
+class Poison(Exception):
+    """A message that will never do. `reason` stands in its dead letter and holds no personal data."""
+
+    def __init__(self, reason: str) -> None:
+        super().__init__(reason)
+        self.reason = reason
+
+
+Handler = Callable[[Sequence[Message]], Awaitable[Sequence[Poison | None]]]
+
+
+class Consumer:
+    """Feeds `handle` with batches of one partition each; it answers with None or Poison for each message."""
+
+    def __init__(
+        self,
+        bootstrap: str,
+        topic: str,
+        group: str,
+        dlq_topic: str,
+        handle: Handler,
+        *,
+        dlq_messages_max: int = 100,
+    ) -> None:
+        self._bootstrap = bootstrap
+        self._topic = topic
+        self._group = group
+        self._dlq_topic = dlq_topic
+        self._handle = handle
+        self._dlq_messages_max = dlq_messages_max
+        self._dlq_times: deque[float] = deque()
+
+    async def run(self) -> None:
+        """Consume until cancelled. Raises what is broken; KafkaError when the brokers are away."""
+        consumer = AIOKafkaConsumer(
+            self._topic,
+            bootstrap_servers=self._bootstrap,
+            group_id=self._group,
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+        )
+        sender = producer(self._bootstrap, self._group)
+        try:
+            await consumer.start()
+            await sender.start()
+            while True:
+                batches = await consumer.getmany(timeout_ms=1000, max_records=BATCH_MESSAGES_MAX)
+                if batches:
+                    async with asyncio.TaskGroup() as group:
+                        for partition, messages in batches.items():
+                            group.create_task(self._work(consumer, sender, partition, messages))
+        finally:
+            await consumer.stop()
+            await sender.stop()
+
+    async def _work(
+        self,
+        consumer: AIOKafkaConsumer,
+        sender: AIOKafkaProducer,
+        partition: TopicPartition,
+        messages: Sequence[Message],
+    ) -> None:
+        outcomes = await self._patiently(messages)
+        for message, outcome in zip(messages, outcomes, strict=True):
+            if outcome is not None:
+                await self._bury(sender, message, outcome)
+        # A partition that has moved to another member is worked again there; handlers are idempotent.
+        with contextlib.suppress(CommitFailedError, IllegalStateError):
+            await consumer.commit({partition: messages[-1].offset + 1})
+
+    async def _patiently(self, messages: Sequence[Message]) -> Sequence[Poison | None]:
+        wait = 0.05
+        while True:
+            try:
+                return await self._handle(messages)
+            except Busy as busy:
+                log.warning("consumer waits", topic=self._topic, seconds=wait, why=str(busy))
+                await asyncio.sleep(wait)
+                wait = min(wait * 2, BUSY_SECONDS_MAX)
+
+    async def _bury(self, sender: AIOKafkaProducer, message: Message, poison: Poison) -> None:
+        now = time.monotonic()
+        while self._dlq_times and self._dlq_times[0] < now - DLQ_WINDOW_SECONDS:
+            self._dlq_times.popleft()
+        if len(self._dlq_times) >= self._dlq_messages_max:
+            raise DeadLetterLimitError(
+                f"more than {self._dlq_messages_max} dead letters in {DLQ_WINDOW_SECONDS} s on {self._topic}"
+            )
+        self._dlq_times.append(now)
+        origin = f"{message.topic}/{message.partition}/{message.offset}"
+        log.warning("dead letter", origin=origin, reason=poison.reason)
+        kept = [(name, value) for name, value in message.headers if not name.startswith("dlq_")]
+        added = [("dlq_reason", poison.reason.encode()), ("dlq_origin", origin.encode())]
+        await sender.send_and_wait(self._dlq_topic, message.value, key=message.key, headers=[*kept, *added])
+
+
+async def dead_letters(bootstrap: str, topic: str, *, limit: int, group: str | None = None) -> list[Message]:
+    """The oldest dead letters, at most `limit`; with a group those after its position, else all."""
+    consumer = _reader(bootstrap, topic, group)
+    await consumer.start()
+    try:
+        return await _read(consumer, limit)
+    finally:
+        await consumer.stop()
+
+
+async def replay(bootstrap: str, topic: str, *, limit: int) -> int:
+    """Send dead letters back to the topics that they came from; each once. Returns how many."""
+    consumer, sender = _reader(bootstrap, topic, f"{topic}.replay"), producer(bootstrap, "replay")
+    await consumer.start()
+    await sender.start()
+    try:
+        messages = await _read(consumer, limit)
+        for message in messages:
+            origin = dict(message.headers)["dlq_origin"].decode().rsplit("/", 2)[0]
+            kept = [(name, value) for name, value in message.headers if not name.startswith("dlq_")]
+            await sender.send_and_wait(origin, message.value, key=message.key, headers=kept)
+            await consumer.commit({TopicPartition(message.topic, message.partition): message.offset + 1})
+        return len(messages)
+    finally:
+        await consumer.stop()
+        await sender.stop()
+
+
+def _reader(bootstrap: str, topic: str, group: str | None) -> AIOKafkaConsumer:
+    return AIOKafkaConsumer(
+        topic,
+        bootstrap_servers=bootstrap,
+        group_id=group,
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
+    )
+
+
+async def _read(consumer: AIOKafkaConsumer, limit: int) -> list[Message]:
+    messages: list[Message] = []
+    while len(messages) < limit:
+        batches = await consumer.getmany(timeout_ms=IDLE_MS, max_records=limit - len(messages))
+        if not batches:
+            break
+        for batch in batches.values():
+            messages += batch
+    return messages
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m shared.consumer", description="Look at dead letters.")
+    parser.add_argument("action", choices=("inspect", "replay"))
+    parser.add_argument("topic", help="a dead letter topic, such as holdfast.inventory.commands.v1.dlq")
+    parser.add_argument("--limit", type=int, default=100, help="at most so many (default: 100)")
+    arguments = parser.parse_args()
+    bootstrap = os.environ.get("HOLDFAST_KAFKA_BOOTSTRAP", "127.0.0.1:9092")
+    try:
+        if arguments.action == "replay":
+            count = asyncio.run(replay(bootstrap, arguments.topic, limit=arguments.limit))
+            print(f"{count} replayed")  # noqa: T201 - a command's answer
+            return
+        letters = asyncio.run(dead_letters(bootstrap, arguments.topic, limit=arguments.limit))
+    except (KafkaConnectionError, KafkaError) as error:
+        raise SystemExit(f"Kafka at {bootstrap} does not answer: {error}") from None
+    for letter in letters:
+        headers = {name: value.decode(errors="replace") for name, value in letter.headers if name.startswith("dlq")}
+        at = f"{letter.partition}/{letter.offset}"
+        key = (letter.key or b"").decode(errors="replace")
+        print(f"{at:>10}  {headers.get('dlq_origin', ''):<50}  {key:<20}  {headers.get('dlq_reason', '')}")  # noqa: T201
+    print(f"{len(letters)} dead letters")  # noqa: T201
+
+
+if __name__ == "__main__":
+    main()

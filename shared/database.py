@@ -1,0 +1,119 @@
+"""PostgreSQL: a pool of asyncpg connections, bounded transactions, and Core statements on them.
+
+Hot statements are written by hand and run by asyncpg with prepared statements and array parameters;
+statements whose shape varies (filters, pages) are built with SQLAlchemy Core and compiled for the same
+connection, so that there is one pool and one way to hold a transaction.
+
+The planner is told to join in the order of the key: hash and merge joins, sequential and bitmap scans
+are off on these connections. An `UPDATE ... FROM unnest(sorted keys)` then visits rows in ascending key
+order whichever side the planner puts first, which is what keeps two batches from deadlocking.
+"""
+
+import asyncio
+import random
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from typing import TYPE_CHECKING, TypeVar
+
+import asyncpg
+from sqlalchemy.dialects.postgresql import asyncpg as asyncpg_dialect
+from sqlalchemy.sql.expression import Executable
+
+from shared.refusal import Refusal
+
+if TYPE_CHECKING:
+    Record = asyncpg.Record
+    Connection = asyncpg.Connection[asyncpg.Record] | asyncpg.pool.PoolConnectionProxy[asyncpg.Record]
+    Pool = asyncpg.Pool[asyncpg.Record]
+else:
+    Record = asyncpg.Record
+    Connection = asyncpg.Connection
+    Pool = asyncpg.Pool
+
+T = TypeVar("T")
+
+ATTEMPTS_MAX = 6
+ACQUIRE_SECONDS_MAX = 5.0
+PLANNER = {
+    "enable_hashjoin": "off",
+    "enable_mergejoin": "off",
+    "enable_seqscan": "off",
+    "enable_bitmapscan": "off",
+    "jit": "off",
+}
+RETRIED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+UNAVAILABLE = (
+    OSError,
+    TimeoutError,
+    asyncpg.InterfaceError,
+    asyncpg.PostgresConnectionError,
+    asyncpg.exceptions.OperatorInterventionError,
+    asyncpg.exceptions.InsufficientResourcesError,
+    asyncpg.exceptions.CannotConnectNowError,
+    asyncpg.exceptions.ReadOnlySQLTransactionError,
+)
+DIALECT = asyncpg_dialect.dialect()  # type: ignore[no-untyped-call]
+
+
+def unavailable() -> Refusal:
+    return Refusal("DATABASE_UNAVAILABLE", "the database cannot be reached; try again with the same request")
+
+
+class Database:
+    """A pool on one database. Losing the server raises Refusal(DATABASE_UNAVAILABLE), and soon."""
+
+    def __init__(self, pool: Pool) -> None:
+        self._pool = pool
+
+    @classmethod
+    async def connect(
+        cls, dsn: str, *, name: str, connections_max: int = 10, timeout_seconds: float = 10
+    ) -> "Database":
+        """Open the pool; `name` is shown in pg_stat_activity."""
+        pool = await asyncpg.create_pool(
+            dsn,
+            min_size=1,
+            max_size=connections_max,
+            command_timeout=timeout_seconds,
+            timeout=ACQUIRE_SECONDS_MAX,
+            server_settings={"application_name": name, **PLANNER},
+            reset=_nothing,
+        )
+        return cls(pool)
+
+    async def close(self) -> None:
+        await self._pool.close()
+
+    @asynccontextmanager
+    async def connection(self) -> AsyncIterator[Connection]:
+        """A connection on which each statement is its own transaction."""
+        try:
+            async with self._pool.acquire(timeout=ACQUIRE_SECONDS_MAX) as connection:
+                yield connection
+        except UNAVAILABLE as error:
+            raise unavailable() from error
+
+    async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
+        """Run `work` in one transaction and commit it; what it raises rolls it back.
+
+        Deadlocks and serialization failures start it again, at most ATTEMPTS_MAX times with a little
+        jitter; then it is refused as DATABASE_UNAVAILABLE, which clients retry.
+        """
+        for attempt in range(ATTEMPTS_MAX):
+            try:
+                async with self.connection() as connection, connection.transaction():
+                    return await work(connection)
+            except RETRIED:
+                await asyncio.sleep(random.uniform(0, 0.01 * 2**attempt))  # noqa: S311 - jitter
+        raise unavailable()
+
+
+async def fetch(connection: Connection, statement: Executable) -> list[Record]:
+    """Run a SQLAlchemy Core statement on an asyncpg connection and return its rows."""
+    compiled = statement.compile(dialect=DIALECT, compile_kwargs={"render_postcompile": True})  # type: ignore[attr-defined]
+    parameters = [compiled.params[name] for name in compiled.positiontup or ()]
+    return list(await connection.fetch(compiled.string, *parameters))
+
+
+async def _nothing(_connection: Connection) -> None:
+    """Sessions carry no state between uses, so nothing needs a round trip to be reset."""

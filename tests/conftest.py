@@ -1,0 +1,59 @@
+"""Real PostgreSQL, Redis and Kafka for every test that asks for them; started once, stopped at the end."""
+
+import tempfile
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+import redis.asyncio as redis
+
+from deploy.local.stack import Stack
+from services.inventory.cache import Cache
+from services.inventory.commands import Commands
+from shared.database import Database
+from shared.migrate import migrate
+
+
+@pytest.fixture(scope="session")
+def stack() -> Iterator[Stack]:
+    with tempfile.TemporaryDirectory(prefix="holdfast-test-") as root, Stack(Path(root)).start() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+async def inventory_dsn(stack: Stack) -> str:
+    """A migrated inventory database."""
+    dsn = stack.postgres_dsn("inventory_test")
+    stack.databases("inventory_test")
+    await migrate(dsn, "inventory")
+    return dsn
+
+
+@pytest.fixture
+async def inventory_db(inventory_dsn: str) -> AsyncIterator[Database]:
+    """The inventory database, emptied."""
+    database = await Database.connect(inventory_dsn, name="test", connections_max=40)
+    async with database.connection() as connection:
+        await connection.execute("TRUNCATE location, sku, stock, hold, hold_change, request, movement, outbox CASCADE")
+    yield database
+    await database.close()
+
+
+@pytest.fixture
+async def redis_client(stack: Stack) -> AsyncIterator[redis.Redis]:
+    client = redis.Redis.from_url(stack.redis_url, socket_timeout=1, socket_connect_timeout=1)
+    await client.flushall()
+    yield client
+    await client.aclose()
+
+
+@pytest.fixture
+async def cache(inventory_db: Database, redis_client: redis.Redis) -> AsyncIterator[Cache]:
+    made = Cache(inventory_db, redis_client, local_seconds=0.05, redis_seconds=2, keys_max=1000)
+    yield made
+    await made.close()
+
+
+@pytest.fixture
+def commands(inventory_db: Database, cache: Cache) -> Commands:
+    return Commands(inventory_db, cache)

@@ -1,0 +1,250 @@
+"""Holds on the real database: what is held, what is refused, and that no race changes either."""
+
+import asyncio
+import random
+
+from services.inventory.commands import Commands
+from services.inventory.domain import Changed, Kind, Mode, Placed
+from shared.database import Database
+from shared.refusal import Refusal
+from tests.integration.goods import assert_sound, change, hold, put, stock
+
+
+def held(answer: Placed | Refusal) -> bool:
+    assert isinstance(answer, Placed), answer
+    return bool(answer.allocations)
+
+
+async def test_the_last_units_are_held_once(commands: Commands, inventory_db: Database) -> None:
+    """200 concurrent holds for the last 50 units: exactly 50 are held."""
+    await put(commands, "A", 50)
+    answers = await asyncio.gather(*(commands.place([hold(f"h{n}", ("A", "MAIN", 1))]) for n in range(200)))
+    assert sum(held(answer) for (answer,) in answers) == 50
+    assert await stock(inventory_db, "A") == (50, 50)
+    await assert_sound(inventory_db)
+
+
+async def test_reversed_baskets_do_not_deadlock(commands: Commands, inventory_db: Database) -> None:
+    """Baskets that name the same SKUs in opposite orders, at once, are all held."""
+    for sku in ("A", "B", "C", "D"):
+        await put(commands, sku, 1000)
+    skus = ["A", "B", "C", "D"]
+    answers = await asyncio.gather(
+        *(
+            commands.place([hold(f"h{n}", *((sku, "MAIN", 1) for sku in (skus if n % 2 else skus[::-1])))])
+            for n in range(100)
+        )
+    )
+    assert all(held(answer) for (answer,) in answers)
+    await assert_sound(inventory_db)
+
+
+async def test_a_sku_named_twice_is_summed(commands: Commands, inventory_db: Database) -> None:
+    """Two lines of 3 do not fit into 5."""
+    await put(commands, "A", 5)
+    (answer,) = await commands.place([hold("h", ("A", "MAIN", 3), ("A", "MAIN", 3))])
+    assert not held(answer)
+    assert isinstance(answer, Placed)
+    assert [(line.requested, line.available) for line in answer.short_lines] == [(6, 5)]
+    assert await stock(inventory_db, "A") == (5, 0)
+
+
+async def test_a_batch_is_decided_in_order_of_arrival(commands: Commands, inventory_db: Database) -> None:
+    """Who comes first is served first; a later, smaller one takes what is left."""
+    await put(commands, "A", 10)
+    answers = await commands.place(
+        [hold("1", ("A", "MAIN", 6)), hold("2", ("A", "MAIN", 6)), hold("3", ("A", "MAIN", 4))]
+    )
+    assert [held(answer) for answer in answers] == [True, False, True]
+    await assert_sound(inventory_db)
+
+
+async def test_modes_take_what_they_may(commands: Commands, inventory_db: Database) -> None:
+    """BEST_EFFORT takes what there is, MINIMUM refuses below its minimum, ALL refuses anything less."""
+    await put(commands, "A", 5)
+    best, least, everything = await commands.place(
+        [
+            hold("best", ("A", "MAIN", 3), mode=Mode.BEST_EFFORT),
+            hold("least", ("A", "MAIN", 4), mode=Mode.MINIMUM, minimum=3),
+            hold("all", ("A", "MAIN", 3)),
+        ]
+    )
+    assert [held(answer) for answer in (best, least, everything)] == [True, False, False]
+    (rest,) = await commands.place([hold("rest", ("A", "MAIN", 9), mode=Mode.BEST_EFFORT)])
+    assert isinstance(rest, Placed)
+    assert [part.quantity for part in rest.allocations] == [2]
+    assert await stock(inventory_db, "A") == (5, 5)
+
+
+async def test_an_open_line_is_met_by_priority(commands: Commands, inventory_db: Database) -> None:
+    """One source that suffices is taken before several; then they are taken in order of priority."""
+    await put(commands, "A", 3, "NEAR", priority=1)
+    await put(commands, "A", 8, "FAR", priority=2)
+    (one,) = await commands.place([hold("1", ("A", "", 4))])
+    assert isinstance(one, Placed)
+    assert [(part.location, part.quantity) for part in one.allocations] == [("FAR", 4)]
+    (both,) = await commands.place([hold("2", ("A", "", 6))])
+    assert isinstance(both, Placed)
+    assert [(part.location, part.quantity) for part in both.allocations] == [("FAR", 3), ("NEAR", 3)]
+    await assert_sound(inventory_db)
+
+
+async def test_a_hold_repeated_anywhere_is_one_hold(commands: Commands, inventory_db: Database) -> None:
+    """The same hold 20 times at once, sources open, is placed once, and all hear the same."""
+    await put(commands, "A", 30, "X", priority=1)
+    await put(commands, "A", 30, "Y", priority=2)
+    answers = await asyncio.gather(*(commands.place([hold("same", ("A", "", 5))]) for _ in range(20)))
+    allocations = {answer.allocations for (answer,) in answers if isinstance(answer, Placed)}
+    assert len(allocations) == 1
+    assert sum(not answer.replayed for (answer,) in answers if isinstance(answer, Placed)) == 1
+    assert (await stock(inventory_db, "A", "X"))[1] + (await stock(inventory_db, "A", "Y"))[1] == 5
+    await assert_sound(inventory_db)
+
+
+async def test_a_refusal_stays_a_refusal(commands: Commands, inventory_db: Database) -> None:
+    """A refused hold that is repeated after a restock is still refused, with the lines as they were."""
+    await put(commands, "A", 1)
+    (first,) = await commands.place([hold("h", ("A", "MAIN", 2))])
+    await put(commands, "A", 10)
+    (again,) = await commands.place([hold("h", ("A", "MAIN", 2))])
+    assert isinstance(first, Placed)
+    assert isinstance(again, Placed)
+    assert again.replayed
+    assert not again.allocations
+    assert again.short_lines == first.short_lines
+    await assert_sound(inventory_db)
+
+
+async def test_one_id_with_other_content_is_named(commands: Commands) -> None:
+    """REQUEST_ID_REUSED, in one batch and in another."""
+    await put(commands, "A", 10)
+    _, twice = await commands.place([hold("h", ("A", "MAIN", 1)), hold("h", ("A", "MAIN", 2))])
+    (later,) = await commands.place([hold("h", ("A", "MAIN", 3))])
+    assert isinstance(twice, Refusal)
+    assert isinstance(later, Refusal)
+    assert twice.reason == later.reason == "REQUEST_ID_REUSED"
+
+
+async def test_a_refusal_reclaims_what_has_expired(commands: Commands, inventory_db: Database) -> None:
+    """Expired units can be sold at once; the expiry is a movement of its own."""
+    await put(commands, "A", 5)
+    await commands.place([hold("old", ("A", "MAIN", 5), ttl_seconds=0.001)])
+    async with inventory_db.connection() as connection:
+        await connection.fetch("SELECT pg_sleep(0.01)")
+    (answer,) = await commands.place([hold("new", ("A", "MAIN", 5))])
+    assert held(answer)
+    async with inventory_db.connection() as connection:
+        kinds = [row["kind"] for row in await connection.fetch("SELECT kind FROM movement ORDER BY version")]
+    assert kinds == ["RECEIVE", "HOLD", "EXPIRE", "HOLD"]
+    await assert_sound(inventory_db)
+
+
+async def test_commit_expire_and_release_at_once_have_one_outcome(commands: Commands, inventory_db: Database) -> None:
+    """Of a commit, a release and the sweeper at the instant of expiry, exactly one gets each hold, whole."""
+    for sku in ("A", "B"):
+        await put(commands, sku, 100)
+    lines = (("A", "", 0), ("B", "", 0))
+    for n in range(40):
+        await commands.place([hold(f"h{n}", ("A", "MAIN", 1), ("B", "MAIN", 2), ttl_seconds=0.02)])
+        committed, released, _ = await asyncio.gather(
+            commands.change([change(f"h{n}", Kind.COMMIT, *lines)]),
+            commands.change([change(f"h{n}", Kind.RELEASE, *lines)]),
+            commands.sweep(),
+        )
+        assert [isinstance(answer, Changed) for (answer,) in (committed, released)].count(True) <= 1
+    async with inventory_db.connection() as connection:
+        await connection.fetch("SELECT pg_sleep(0.03)")
+        await commands.sweep()
+        rows = await connection.fetch(
+            "SELECT hold_id, array_agg(committed::float / quantity) AS parts,"
+            " sum(held) AS held FROM hold GROUP BY hold_id"
+        )
+    assert len(rows) == 40
+    assert all(row["held"] == 0 and len(set(row["parts"])) == 1 for row in rows)
+    await assert_sound(inventory_db)
+
+
+async def test_changes_are_partial_repeated_and_bounded(commands: Commands, inventory_db: Database) -> None:
+    """Parts are committed and released; a repeat changes nothing; more than is left is refused."""
+    await put(commands, "A", 10)
+    await commands.place([hold("h", ("A", "MAIN", 8))])
+    part = change("h", Kind.COMMIT, ("A", "", 3), request_id="c1")
+    (first,) = await commands.change([part])
+    again, twice = await commands.change([part, part])
+    (too_much,) = await commands.change([change("h", Kind.RELEASE, ("A", "", 6))])
+    (other,) = await commands.change([change("h", Kind.COMMIT, ("A", "", 1), request_id="c1")])
+    (rest,) = await commands.change([change("h", Kind.RELEASE, ("A", "MAIN", 0))])
+    (closed,) = await commands.change([change("h", Kind.COMMIT, ("A", "", 1))])
+    assert isinstance(first, Changed)
+    assert isinstance(again, Changed)
+    assert isinstance(twice, Changed)
+    assert again.allocations == twice.allocations == first.allocations
+    assert again.replayed
+    assert isinstance(too_much, Refusal)
+    assert too_much.reason == "HOLD_QUANTITY_EXCEEDED"
+    assert isinstance(other, Refusal)
+    assert other.reason == "REQUEST_ID_REUSED"
+    assert isinstance(rest, Changed)
+    assert [part.quantity for part in rest.allocations] == [5]
+    assert isinstance(closed, Refusal)
+    assert closed.reason == "HOLD_CLOSED"
+    assert await stock(inventory_db, "A") == (7, 0)
+    await assert_sound(inventory_db)
+
+
+async def test_extension_moves_the_expiry_within_its_bound(commands: Commands) -> None:
+    """An extension never shortens, and a hold lives at most seven days."""
+    await put(commands, "A", 10)
+    (placed,) = await commands.place([hold("h", ("A", "MAIN", 1), ttl_seconds=100)])
+    assert isinstance(placed, Placed)
+    (longer,) = await commands.change([change("h", Kind.HOLD, ("A", "", 0), ttl_seconds=500)])
+    (shorter,) = await commands.change([change("h", Kind.HOLD, ("A", "", 0), ttl_seconds=1)])
+    (beyond,) = await commands.change([change("h", Kind.HOLD, ("A", "", 0), ttl_seconds=8 * 86400)])
+    assert isinstance(longer, Changed)
+    assert isinstance(shorter, Changed)
+    assert longer.expires_at > placed.expires_at
+    assert shorter.expires_at == longer.expires_at
+    assert isinstance(beyond, Refusal)
+    assert beyond.reason == "HOLD_LIFE_EXCEEDED"
+
+
+async def test_expiry_asked_for_tells_all_that_ever_expired(commands: Commands, inventory_db: Database) -> None:
+    """Before its time it is refused; afterwards the answer is the same however often it is asked."""
+    await put(commands, "A", 10)
+    await commands.place([hold("h", ("A", "MAIN", 4), ttl_seconds=0.05)])
+    ask = change("h", Kind.EXPIRE, ("A", "", 0))
+    (early,) = await commands.change([ask])
+    assert isinstance(early, Refusal)
+    assert early.reason == "HOLD_NOT_EXPIRED"
+    async with inventory_db.connection() as connection:
+        await connection.fetch("SELECT pg_sleep(0.06)")
+    for _ in range(2):
+        (late,) = await commands.change([ask])
+        assert isinstance(late, Changed)
+        assert [part.quantity for part in late.allocations] == [4]
+    await assert_sound(inventory_db)
+
+
+async def test_any_mix_of_concurrent_work_keeps_the_books(commands: Commands, inventory_db: Database) -> None:
+    """Random holds, commits, releases, receipts and sweeps at once: counters, ledger and holds agree."""
+    dice = random.Random(7)
+    skus = [f"S{n}" for n in range(5)]
+    for sku in skus:
+        await put(commands, sku, 20)
+
+    async def shopper(n: int) -> None:
+        for step in range(10):
+            name = f"{n}-{step}"
+            chosen = dice.sample(skus, dice.randint(1, 4))
+            ttl = dice.choice([0.005, 60])
+            lines = [(sku, dice.choice(["MAIN", ""]), dice.randint(1, 3)) for sku in chosen]
+            mode = dice.choice([Mode.ALL, Mode.BEST_EFFORT])
+            await commands.place([hold(name, *lines, mode=mode, ttl_seconds=ttl)])
+            kind = dice.choice([Kind.COMMIT, Kind.RELEASE])
+            await commands.change([change(name, kind, *((sku, "", 0) for sku in chosen))])
+            if step == 5:
+                await put(commands, dice.choice(skus), 5)
+            await commands.sweep()
+
+    await asyncio.gather(*(shopper(n) for n in range(12)))
+    await assert_sound(inventory_db)
