@@ -267,7 +267,8 @@ class Stack:
         async def create() -> None:
             connection = await asyncpg.connect(self.postgres_dsn("postgres"))
             try:
-                for name in names:
+                present = {row["datname"] for row in await connection.fetch("SELECT datname FROM pg_database")}
+                for name in sorted(set(names) - present):
                     with suppress(asyncpg.DuplicateDatabaseError):
                         await connection.execute(f"CREATE DATABASE {_quoted(name)}")
             finally:

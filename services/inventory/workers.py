@@ -5,9 +5,8 @@ and decides nothing: two at once do no harm, and with Redis away each pod runs i
 """
 
 import asyncio
-from collections.abc import Awaitable, Callable, Coroutine, Sequence
+from collections.abc import Sequence
 from datetime import UTC, datetime
-from typing import Any
 
 import redis.asyncio as redis
 import structlog
@@ -18,16 +17,15 @@ from services.inventory import codec, requests, store
 from services.inventory.commands import Commands
 from services.inventory.domain import Adjustment, Reason
 from services.inventory.settings import Settings
-from shared import check
+from shared import check, workers
 from shared.consumer import Busy, Consumer, Message, Poison
 from shared.database import Database
-from shared.lock import run_alone
-from shared.outbox import Relay, producer
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
 MONTHS_AHEAD = 3
 RECONCILE_KEYS = 1_000
+PARTITIONS_SECONDS = 3600
 GROUP = "holdfast.inventory"
 
 
@@ -42,30 +40,21 @@ class Workers:
 
     async def run(self) -> None:
         """Run every worker; a fault in one is logged and it starts again, the others go on."""
-        alone: dict[str, Callable[[], Coroutine[Any, Any, None]]] = {
-            "relay": self._relay,
-            "sweeper": lambda: _forever(self._sweep, self._settings.sweep_poll_seconds),
-            "reconciler": lambda: _forever(self._reconcile, self._settings.reconcile_poll_seconds),
-            "partitions": lambda: _forever(self._partitions, 3600),
+        settings = self._settings
+        alone: dict[str, workers.Work] = {
+            "relay": lambda: workers.relay(
+                self._database, settings.kafka_bootstrap, settings.pod, settings.relay_poll_seconds
+            ),
+            "sweeper": lambda: workers.forever(self._sweep, settings.sweep_poll_seconds),
+            "reconciler": lambda: workers.forever(self._reconcile, settings.reconcile_poll_seconds),
+            "partitions": lambda: workers.forever(self._partitions, PARTITIONS_SECONDS),
         }
         async with asyncio.TaskGroup() as group:
             for name, work in alone.items():
-                group.create_task(self._alone(name, work))
-            group.create_task(_restarting("commands", self._obey))
-
-    async def _alone(self, name: str, work: Callable[[], Coroutine[Any, Any, None]]) -> None:
-        async def once(_token: int) -> None:
-            await _restarting(name, work)
-
-        await run_alone(self._redis, f"inventory:{name}", once, ttl_seconds=self._settings.lock_ttl_seconds)
-
-    async def _relay(self) -> None:
-        sender = producer(self._settings.kafka_bootstrap, self._settings.pod)
-        try:
-            await sender.start()
-            await Relay(self._database, sender).run(poll_seconds=self._settings.relay_poll_seconds)
-        finally:
-            await sender.stop()
+                group.create_task(
+                    workers.alone(self._redis, f"inventory:{name}", work, lock_ttl_seconds=settings.lock_ttl_seconds)
+                )
+            group.create_task(workers.restarting("commands", self._obey))
 
     async def _sweep(self) -> None:
         while swept := await self._commands.sweep():
@@ -132,19 +121,3 @@ def _parse(message: Message) -> Adjustment | Refusal:
     except Refusal as refusal:
         return refusal
     return ask
-
-
-async def _forever(work: Callable[[], Awaitable[None]], seconds: float) -> None:
-    while True:
-        await work()
-        await asyncio.sleep(seconds)
-
-
-async def _restarting(name: str, work: Callable[[], Awaitable[None]]) -> None:
-    """Keep a worker going: a fault waits a second and starts it again."""
-    while True:
-        try:
-            await work()
-        except Exception as error:  # noqa: BLE001 - whatever it was, the worker must come back
-            log.warning("worker starts again", worker=name, error=type(error).__name__, message=str(error))
-        await asyncio.sleep(1)

@@ -1,0 +1,69 @@
+"""`python -m services.reservation [--role api|worker|all]`: builds the parts and runs them."""
+
+import argparse
+import asyncio
+import contextlib
+
+import redis.asyncio as redis
+import uvloop
+from holdfast.reservation.v1 import reservation_pb2, reservation_pb2_grpc
+
+from services.reservation.commands import Commands
+from services.reservation.inventory import Inventory
+from services.reservation.servicer import ERRORS, Servicer
+from services.reservation.settings import Settings
+from services.reservation.workers import Workers
+from shared import logs, server
+from shared.channel import open_channel
+from shared.database import Database
+from shared.settings import load
+
+NAME = reservation_pb2.DESCRIPTOR.services_by_name["ReservationService"].full_name
+
+
+async def run(settings: Settings, role: str) -> None:
+    """Run a pod until it is told to stop. A worker serves health alone."""
+    database = await Database.connect(
+        settings.database_dsn,
+        name=settings.pod,
+        connections_max=settings.database_connections_max,
+        timeout_seconds=settings.database_timeout_seconds,
+    )
+    client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
+    channel = open_channel(settings.inventory_target)
+    commands = Commands(database, Inventory(channel))
+    api = role in {"api", "all"}
+    services = [NAME] if api else []
+
+    def register(target: server.Server) -> None:
+        if api:
+            servicer = Servicer(settings, database, commands)
+            reservation_pb2_grpc.add_ReservationServiceServicer_to_server(servicer, target)
+
+    workers = None
+    if role in {"worker", "all"}:
+        workers = asyncio.create_task(Workers(settings, database, commands, client).run())
+    try:
+        listening, checks = server.build(settings, ERRORS, register, services)
+        await server.serve(listening, checks, services, settings.drain_seconds_max)
+    finally:
+        if workers:
+            workers.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await workers
+        await channel.close(None)
+        await client.aclose()
+        await database.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m services.reservation", description="Run a reservation pod.")
+    parser.add_argument("--role", choices=("api", "worker", "all"), default="all")
+    role = parser.parse_args().role
+    settings = load(Settings)
+    logs.configure(level=settings.log_level, style=settings.log_format, pod=settings.pod)
+    uvloop.run(run(settings, role))
+
+
+if __name__ == "__main__":
+    main()

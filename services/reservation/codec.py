@@ -1,0 +1,192 @@
+"""Between the domain's data and the wire's: requests checked, answers and events made."""
+
+import hashlib
+from collections.abc import Iterable
+from datetime import datetime, timedelta
+
+from google.protobuf.message import Message
+from google.protobuf.timestamp_pb2 import Timestamp
+from holdfast.reservation.v1 import error_reason_pb2, events_pb2
+from holdfast.reservation.v1 import reservation_pb2 as pb
+
+from services.reservation.domain import Action, Ask, Change, ChangeLine, Line, Mode, Reason, Reservation, State
+from shared import check
+from shared.errors import ErrorMap
+from shared.outbox import Event
+from shared.refusal import Refusal
+
+CHANGES_TOPIC = "holdfast.reservation.changes.v1"
+LINES_MAX = 500
+
+_MODES = {
+    pb.RESERVE_MODE_UNSPECIFIED: Mode.ALL,
+    pb.RESERVE_MODE_ALL: Mode.ALL,
+    pb.RESERVE_MODE_BEST_EFFORT: Mode.BEST_EFFORT,
+    pb.RESERVE_MODE_MINIMUM: Mode.MINIMUM,
+}
+_MODE_NAMES = {mode: pb.ReserveMode.Value(f"RESERVE_MODE_{mode}") for mode in Mode}
+_STATE_NAMES = {state: pb.ReservationState.Value(f"RESERVATION_STATE_{state}") for state in State}
+_STATES = {value: state for state, value in _STATE_NAMES.items()}
+_REASONS = {reason.value: error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}") for reason in Reason}
+
+
+def fingerprint(message: Message) -> bytes:
+    """Tells whether two requests have the same content."""
+    return hashlib.blake2b(message.SerializeToString(deterministic=True), digest_size=16).digest()
+
+
+def ask(request: pb.ReserveRequest, field: str = "") -> Ask:
+    """A Reserve, checked; `field` stands before the names of what is wrong."""
+    at = f"{field}." if field else ""
+    mode = _MODES.get(request.mode)
+    if mode is None:
+        raise check.invalid(f"{at}mode", "must be a known mode")
+    check.count(len(request.lines), f"{at}lines", LINES_MAX)
+    lines = tuple(_line(line, mode, f"{at}lines[{number}]") for number, line in enumerate(request.lines))
+    totals: dict[tuple[str, str], int] = {}
+    for line in lines:
+        totals[line.sku, line.location] = totals.get((line.sku, line.location), 0) + line.quantity
+    for (sku, _), total in totals.items():
+        check.quantity(total, f"{at}lines: the sum for {sku}")
+    return Ask(
+        check.code(request.reservation_id, f"{at}reservation_id"),
+        check.code(request.customer_id, f"{at}customer_id", optional=True),
+        lines,
+        mode,
+        check.ttl(request.ttl, f"{at}ttl"),
+        fingerprint(request),
+    )
+
+
+def _line(line: pb.ReservationLine, mode: Mode, at: str) -> Line:
+    check.quantity(line.quantity, f"{at}.quantity")
+    most = line.quantity if mode is Mode.MINIMUM else 0
+    return Line(
+        check.code(line.sku, f"{at}.sku"),
+        check.code(line.location, f"{at}.location", optional=True),
+        line.quantity,
+        check.quantity(line.minimum_quantity, f"{at}.minimum_quantity", least=0, most=most),
+        *check.money(line.unit_price.currency_code, line.unit_price.micros, f"{at}.unit_price"),
+    )
+
+
+def change(request: pb.ConfirmRequest | pb.CancelRequest, action: Action) -> Change:
+    check.count(len(request.lines), "lines", LINES_MAX, least=0)
+    return Change(
+        check.code(request.reservation_id, "reservation_id"),
+        check.code(request.request_id, "request_id"),
+        action,
+        tuple(
+            ChangeLine(
+                check.code(line.sku, f"lines[{number}].sku"),
+                check.code(line.location, f"lines[{number}].location", optional=True),
+                check.quantity(line.quantity, f"lines[{number}].quantity", least=0),
+            )
+            for number, line in enumerate(request.lines)
+        ),
+        timedelta(),
+        action.value.encode() + fingerprint(request),
+    )
+
+
+def extension(request: pb.ExtendRequest) -> Change:
+    return Change(
+        check.code(request.reservation_id, "reservation_id"),
+        check.code(request.request_id, "request_id"),
+        Action.EXTEND,
+        (),
+        check.ttl(request.ttl, "ttl"),
+        Action.EXTEND.value.encode() + fingerprint(request),
+    )
+
+
+def state(value: pb.ReservationState.ValueType) -> State | None:
+    """The state of a filter; None for any."""
+    if value == pb.RESERVATION_STATE_UNSPECIFIED:
+        return None
+    if value not in _STATES:
+        raise check.invalid("state", "must be a known state")
+    return _STATES[value]
+
+
+def timestamp(time: datetime) -> Timestamp:
+    value = Timestamp()
+    value.FromDatetime(time)
+    return value
+
+
+def reservation(value: Reservation) -> pb.Reservation:
+    return pb.Reservation(
+        reservation_id=value.reservation_id,
+        customer_id=value.customer_id,
+        state=_STATE_NAMES[value.state],
+        lines=[
+            pb.ReservationLine(
+                sku=line.sku,
+                location=line.location,
+                quantity=line.quantity,
+                minimum_quantity=line.minimum,
+                unit_price=pb.Money(currency_code=line.currency_code, micros=line.price_micros)
+                if line.currency_code
+                else None,
+            )
+            for line in value.lines
+        ],
+        allocations=[
+            pb.Allocation(
+                sku=part.sku,
+                location=part.location,
+                held=part.held,
+                confirmed=part.confirmed,
+                cancelled=part.cancelled,
+                expired=part.expired,
+            )
+            for part in value.allocations
+        ],
+        short_lines=[
+            pb.ShortLine(
+                sku=line.sku,
+                location=line.location,
+                requested=line.requested,
+                available=line.available,
+                next_expiry=timestamp(line.next_expiry) if line.next_expiry else None,
+            )
+            for line in value.short_lines
+        ],
+        mode=_MODE_NAMES[value.mode],
+        expire_time=timestamp(value.expires_at),
+        create_time=timestamp(value.created_at),
+        update_time=timestamp(value.updated_at),
+        version=value.version,
+    )
+
+
+def reserved(value: Reservation, *, replayed: bool) -> pb.ReserveResponse:
+    rejected = value.state is State.REJECTED
+    return pb.ReserveResponse(
+        outcome=pb.RESERVE_OUTCOME_REJECTED if rejected else pb.RESERVE_OUTCOME_HELD,
+        reservation=reservation(value),
+        replayed=replayed,
+    )
+
+
+def item_error(refusal: Refusal, errors: ErrorMap) -> pb.ItemError:
+    return pb.ItemError(
+        code=errors.code(refusal).value[0],
+        reason=_REASONS[refusal.reason],
+        message=refusal.message,
+        metadata=refusal.metadata,
+    )
+
+
+def changed(values: Iterable[tuple[Reservation, str]]) -> list[Event]:
+    """The events of reservations as they now are, each with the request that changed it."""
+    return [
+        Event(
+            CHANGES_TOPIC,
+            value.reservation_id,
+            "holdfast.reservation.v1.ReservationChanged",
+            events_pb2.ReservationChanged(reservation=reservation(value), request_id=request_id).SerializeToString(),
+        )
+        for value, request_id in values
+    ]

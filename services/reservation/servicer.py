@@ -1,0 +1,173 @@
+"""The edge: decode and check, one call, encode. Errors, drains and pod names are the server's."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from datetime import UTC, datetime
+
+import grpc
+from holdfast.reservation.v1 import reservation_pb2 as pb
+from holdfast.reservation.v1 import reservation_pb2_grpc
+
+from services.reservation import codec, store
+from services.reservation.commands import Commands, Outcome
+from services.reservation.domain import Action, Ask, Change, Reason, Reservation
+from services.reservation.settings import Settings
+from shared import check, pages
+from shared.batching import Batcher
+from shared.database import Database
+from shared.errors import ErrorMap
+from shared.refusal import Refusal
+from shared.server import Context
+
+BATCH_REQUESTS_MAX = 500
+_CODES = grpc.StatusCode
+ERRORS = ErrorMap(
+    "reservation.holdfast",
+    {
+        Reason.FIELD_INVALID: _CODES.INVALID_ARGUMENT,
+        Reason.TOO_MANY_ITEMS: _CODES.INVALID_ARGUMENT,
+        Reason.PAGE_TOKEN_INVALID: _CODES.INVALID_ARGUMENT,
+        Reason.SKU_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.LOCATION_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.SKU_ARCHIVED: _CODES.FAILED_PRECONDITION,
+        Reason.LOCATION_ARCHIVED: _CODES.FAILED_PRECONDITION,
+        Reason.REQUEST_ID_REUSED: _CODES.FAILED_PRECONDITION,
+        Reason.RESERVATION_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.RESERVATION_NOT_HELD: _CODES.FAILED_PRECONDITION,
+        Reason.RESERVATION_EXPIRED: _CODES.FAILED_PRECONDITION,
+        Reason.QUANTITY_EXCEEDED: _CODES.FAILED_PRECONDITION,
+        Reason.LIFE_EXCEEDED: _CODES.FAILED_PRECONDITION,
+        Reason.OVERLOADED: _CODES.RESOURCE_EXHAUSTED,
+        Reason.DATABASE_UNAVAILABLE: _CODES.UNAVAILABLE,
+        Reason.INVENTORY_UNAVAILABLE: _CODES.UNAVAILABLE,
+        Reason.DEADLINE_PASSED: _CODES.DEADLINE_EXCEEDED,
+        Reason.LINE_NOT_FOUND: _CODES.NOT_FOUND,
+    },
+)
+
+
+class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
+    """The reservation API over `commands`; reads go to `database`."""
+
+    def __init__(self, settings: Settings, database: Database, commands: Commands) -> None:
+        self._settings = settings
+        self._database = database
+        bounds = {
+            "batch_items_max": settings.batch_items_max,
+            "batch_lines_max": settings.batch_lines_max,
+            "queue_items_max": settings.queue_items_max,
+            "queue_bytes_max": settings.queue_bytes_max,
+        }
+        self._reserve: Batcher[Ask, Outcome] = Batcher("reserves", commands.reserve, **bounds)
+        self._change: Batcher[Change, Outcome] = Batcher("changes", commands.change, **bounds)
+
+    async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
+        return await self._reserved(codec.ask(request), request.ByteSize(), context)
+
+    async def BatchReserve(self, request: pb.BatchReserveRequest, context: Context) -> pb.BatchReserveResponse:
+        check.count(len(request.requests), "requests", BATCH_REQUESTS_MAX)
+        asked = enumerate(request.requests)
+        results = [self._result(item, f"requests[{number}]", context) for number, item in asked]
+        return pb.BatchReserveResponse(results=await asyncio.gather(*results))
+
+    async def ReserveStream(
+        self, request: AsyncIterator[pb.ReserveStreamRequest], context: Context
+    ) -> AsyncIterator[pb.ReserveStreamResponse]:
+        answers: asyncio.Queue[asyncio.Task[pb.ReserveResult] | None] = asyncio.Queue()
+        room = asyncio.Semaphore(self._settings.stream_items_max)
+
+        async def read() -> None:
+            async for item in request:
+                await room.acquire()
+                task = asyncio.ensure_future(self._result(item.request, "request", context))
+                task.add_done_callback(answers.put_nowait)
+                running.add(task)
+            if running:
+                await asyncio.wait(running)
+            answers.put_nowait(None)
+
+        running: set[asyncio.Task[pb.ReserveResult]] = set()
+        reader = asyncio.ensure_future(read())
+        try:
+            while (task := await answers.get()) is not None:
+                running.discard(task)
+                room.release()
+                yield pb.ReserveStreamResponse(result=await task)
+            await reader
+        finally:
+            reader.cancel()
+
+    async def Confirm(self, request: pb.ConfirmRequest, context: Context) -> pb.ConfirmResponse:
+        reservation, replayed = await self._changed(codec.change(request, Action.CONFIRM), context)
+        return pb.ConfirmResponse(reservation=codec.reservation(reservation), replayed=replayed)
+
+    async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
+        reservation, replayed = await self._changed(codec.change(request, Action.CANCEL), context)
+        return pb.CancelResponse(reservation=codec.reservation(reservation), replayed=replayed)
+
+    async def Extend(self, request: pb.ExtendRequest, context: Context) -> pb.ExtendResponse:
+        reservation, replayed = await self._changed(codec.extension(request), context)
+        return pb.ExtendResponse(reservation=codec.reservation(reservation), replayed=replayed)
+
+    async def GetReservation(self, request: pb.GetReservationRequest, context: Context) -> pb.GetReservationResponse:
+        name = check.code(request.reservation_id, "reservation_id")
+        found = await self._read([name])
+        if not found:
+            raise Refusal(Reason.RESERVATION_NOT_FOUND, f"there is no reservation {name}", reservation_id=name)
+        return pb.GetReservationResponse(reservation=codec.reservation(found[0]))
+
+    async def ListReservations(
+        self, request: pb.ListReservationsRequest, context: Context
+    ) -> pb.ListReservationsResponse:
+        customer_id = check.code(request.customer_id, "customer_id", optional=True)
+        state = codec.state(request.state)
+        start = check.time(request.start_time, "start_time") if request.HasField("start_time") else None
+        end = check.time(request.end_time, "end_time") if request.HasField("end_time") else None
+        filters = (customer_id, state, start, end)
+        after, size = _position(request.page_token, filters), pages.size(request.page_size)
+        async with self._database.connection() as connection:
+            ids = await store.list_ids(
+                connection, after=after, customer_id=customer_id, state=state, start=start, end=end, limit=size + 1
+            )
+        token = ""
+        if len(ids) > size:
+            name, created_at = ids[size - 1]
+            token = pages.encode([created_at.astimezone(UTC).isoformat(), name], filters)
+        found = await self._read([name for name, _ in ids[:size]])
+        return pb.ListReservationsResponse(
+            reservations=[codec.reservation(value) for value in found], next_page_token=token
+        )
+
+    async def _reserved(self, ask: Ask, size_bytes: int, context: Context) -> pb.ReserveResponse:
+        reservation, replayed = await self._reserve.submit(
+            ask, lines=len(ask.lines), size_bytes=size_bytes, seconds_left=context.time_remaining()
+        )
+        return codec.reserved(reservation, replayed=replayed)
+
+    async def _result(self, request: pb.ReserveRequest, field: str, context: Context) -> pb.ReserveResult:
+        """One of many: its refusal is an answer, and harms no other."""
+        name = request.reservation_id
+        try:
+            response = await self._reserved(codec.ask(request, field), request.ByteSize(), context)
+        except Refusal as refusal:
+            return pb.ReserveResult(reservation_id=name, error=codec.item_error(refusal, ERRORS))
+        return pb.ReserveResult(reservation_id=name, response=response)
+
+    async def _changed(self, change: Change, context: Context) -> Outcome:
+        return await self._change.submit(change, lines=len(change.lines) or 1, seconds_left=context.time_remaining())
+
+    async def _read(self, ids: list[str]) -> list[Reservation]:
+        """Reservations in the order of their ids given; unknown ones are left out."""
+        async with self._database.connection() as connection:
+            found = await store.read(connection, ids)
+        return [found[name] for name in ids if name in found]
+
+
+def _position(token: str, filters: object) -> tuple[datetime, str] | None:
+    position = pages.decode(token, filters, 2)
+    if position is None:
+        return None
+    try:
+        return datetime.fromisoformat(position[0]), position[1]
+    except ValueError:
+        raise Refusal(Reason.PAGE_TOKEN_INVALID, "the page token is not of this list") from None

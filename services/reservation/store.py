@@ -1,0 +1,327 @@
+"""Every SQL statement of reservation, and the functions that run them.
+
+Rows of several reservations are always written in ascending reservation id.
+"""
+
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+import sqlalchemy as sa
+
+from services.reservation.domain import (
+    Action,
+    Allocation,
+    Ask,
+    Change,
+    ChangeLine,
+    Held,
+    Line,
+    Mode,
+    Reservation,
+    ShortLine,
+    State,
+)
+from shared.database import Connection, Record, fetch
+from shared.refusal import Refusal
+
+# A known id does not come back: its first outcome stands.
+INSERT_RESERVATIONS = """
+INSERT INTO reservation (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at)
+SELECT reservation_id, customer_id, state, mode, fingerprint, short_lines::jsonb, expires_at
+FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::timestamptz[])
+  AS new (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at)
+ON CONFLICT DO NOTHING
+RETURNING reservation_id, created_at
+"""
+INSERT_LINES = """
+INSERT INTO reservation_line (reservation_id, line_no, sku, location, quantity, minimum, currency_code, price_micros)
+SELECT * FROM unnest($1::text[], $2::smallint[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::text[],
+                     $8::bigint[])
+"""
+INSERT_ALLOCATIONS = """
+INSERT INTO allocation (reservation_id, sku, location, held)
+SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[])
+"""
+READ_RESERVATIONS = """
+SELECT reservation.* FROM unnest($1::text[]) AS asked (reservation_id)
+  JOIN reservation ON reservation.reservation_id = asked.reservation_id
+"""
+READ_LINES = """
+SELECT line.* FROM unnest($1::text[]) AS asked (reservation_id)
+  JOIN reservation_line AS line ON line.reservation_id = asked.reservation_id
+ORDER BY line.reservation_id, line_no
+"""
+READ_ALLOCATIONS = """
+SELECT allocation.* FROM unnest($1::text[]) AS asked (reservation_id)
+  JOIN allocation ON allocation.reservation_id = asked.reservation_id
+ORDER BY allocation.reservation_id, allocation.sku, allocation.location
+"""
+READ_CHANGES = """
+SELECT change.* FROM unnest($1::text[], $2::text[]) AS asked (reservation_id, request_id)
+  JOIN reservation_change AS change
+    ON change.reservation_id = asked.reservation_id AND change.request_id = asked.request_id
+"""
+# The intent, before inventory is asked; whoever inserts first, the content is compared by all.
+INSERT_CHANGES = """
+INSERT INTO reservation_change (reservation_id, request_id, action, fingerprint, lines, ttl)
+SELECT reservation_id, request_id, action, fingerprint, lines::jsonb, ttl
+FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5::text[], $6::interval[])
+  AS new (reservation_id, request_id, action, fingerprint, lines, ttl)
+ON CONFLICT DO NOTHING
+"""
+# What nobody came back for.
+PENDING_CHANGES = """
+SELECT * FROM reservation_change WHERE state = 'PENDING' AND created_at < now() - $1::interval
+ORDER BY created_at LIMIT $2
+"""
+# Locks reservations in order; all bookings of one are serial.
+LOCK = """
+UPDATE reservation SET version = version FROM unnest($1::text[]) AS asked (reservation_id)
+WHERE reservation.reservation_id = asked.reservation_id
+"""
+# Whoever turns PENDING books; everyone else finds it done.
+APPLY_CHANGES = """
+UPDATE reservation_change AS change SET state = 'APPLIED'
+FROM unnest($1::text[], $2::text[]) AS asked (reservation_id, request_id)
+WHERE change.reservation_id = asked.reservation_id AND change.request_id = asked.request_id
+  AND change.state = 'PENDING'
+RETURNING change.reservation_id, change.request_id
+"""
+REFUSE_CHANGES = """
+UPDATE reservation_change AS change SET state = 'REFUSED', refusal = asked.refusal::jsonb
+FROM unnest($1::text[], $2::text[], $3::text[]) AS asked (reservation_id, request_id, refusal)
+WHERE change.reservation_id = asked.reservation_id AND change.request_id = asked.request_id
+  AND change.state = 'PENDING'
+"""
+# Quantities move from held to where they went; the CHECK constraint guards what is left.
+MOVE = """
+UPDATE allocation SET held = held - gone.confirmed - gone.cancelled - gone.expired,
+                      confirmed = allocation.confirmed + gone.confirmed,
+                      cancelled = allocation.cancelled + gone.cancelled,
+                      expired = allocation.expired + gone.expired
+FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[])
+  AS gone (reservation_id, sku, location, confirmed, cancelled, expired)
+WHERE allocation.reservation_id = gone.reservation_id AND allocation.sku = gone.sku
+  AND allocation.location = gone.location
+"""
+# The state that the quantities amount to (`domain.settle`), and a later expiry where there is one.
+SETTLE = """
+UPDATE reservation SET state = new.state, version = version + 1, updated_at = clock_timestamp(),
+                       expires_at = greatest(reservation.expires_at, new.expires_at)
+FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS new (reservation_id, state, expires_at)
+WHERE reservation.reservation_id = new.reservation_id
+"""
+DUE = """
+SELECT reservation_id FROM reservation WHERE state = 'HELD' AND expires_at <= now()
+ORDER BY expires_at LIMIT $1
+"""
+RESERVATION = sa.table(
+    "reservation", sa.column("reservation_id"), sa.column("customer_id"), sa.column("state"),
+    sa.column("created_at", sa.DateTime(timezone=True)),
+)  # fmt: skip
+
+
+@dataclass(frozen=True, slots=True)
+class KnownChange:
+    """A change that was asked for before, and how far it has come: PENDING, APPLIED or REFUSED."""
+
+    change: Change
+    state: str
+    refusal: Refusal | None
+
+
+def columns(rows: Iterable[Sequence[Any]], count: int) -> list[list[Any]]:
+    return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(count)]
+
+
+async def insert(connection: Connection, decided: Sequence[tuple[Ask, Held]]) -> dict[str, datetime]:
+    """Insert reservations that are new; return their ids and times."""
+    ordered = sorted(decided, key=lambda pair: pair[0].reservation_id)
+    rows = [
+        (
+            ask.reservation_id, ask.customer_id, (State.HELD if held.allocations else State.REJECTED).value,
+            ask.mode.value, ask.fingerprint, _short_json(held.short_lines), held.expires_at,
+        )
+        for ask, held in ordered
+    ]  # fmt: skip
+    made = {
+        row["reservation_id"]: row["created_at"]
+        for row in await connection.fetch(INSERT_RESERVATIONS, *columns(rows, 7))
+    }
+    fresh = [(ask, held) for ask, held in ordered if ask.reservation_id in made]
+    lines = [
+        (ask.reservation_id, no, x.sku, x.location, x.quantity, x.minimum, x.currency_code, x.price_micros)
+        for ask, _ in fresh
+        for no, x in enumerate(ask.lines)
+    ]
+    allocations = [(ask.reservation_id, *part) for ask, held in fresh for part in held.allocations]
+    if lines:
+        await connection.execute(INSERT_LINES, *columns(lines, 8))
+    if allocations:
+        await connection.execute(INSERT_ALLOCATIONS, *columns(allocations, 4))
+    return made
+
+
+def _short_json(lines: Sequence[ShortLine]) -> str | None:
+    if not lines:
+        return None
+    return json.dumps(
+        [
+            [x.sku, x.location, x.requested, x.available, x.next_expiry.isoformat() if x.next_expiry else None]
+            for x in lines
+        ]
+    )
+
+
+def _short_lines(value: str | None) -> tuple[ShortLine, ...]:
+    return tuple(
+        ShortLine(sku, at, asked, had, datetime.fromisoformat(until) if until else None)
+        for sku, at, asked, had, until in json.loads(value or "[]")
+    )
+
+
+async def read(connection: Connection, ids: Iterable[str]) -> dict[str, Reservation]:
+    """Reservations whole, by id; unknown ones are left out."""
+    asked = sorted(set(ids))
+    lines: dict[str, list[Line]] = {}
+    for row in await connection.fetch(READ_LINES, asked):
+        lines.setdefault(row["reservation_id"], []).append(
+            Line(
+                row["sku"], row["location"], row["quantity"], row["minimum"], row["currency_code"],
+                row["price_micros"],
+            )
+        )  # fmt: skip
+    allocations = await read_allocations(connection, asked)
+    return {
+        row["reservation_id"]: Reservation(
+            row["reservation_id"], row["customer_id"], State(row["state"]), Mode(row["mode"]), row["fingerprint"],
+            tuple(lines.get(row["reservation_id"], ())), tuple(allocations.get(row["reservation_id"], ())),
+            _short_lines(row["short_lines"]), row["expires_at"], row["created_at"], row["updated_at"], row["version"],
+        )
+        for row in await connection.fetch(READ_RESERVATIONS, asked)
+    }  # fmt: skip
+
+
+async def read_allocations(connection: Connection, ids: Sequence[str]) -> dict[str, list[Allocation]]:
+    found: dict[str, list[Allocation]] = {}
+    for row in await connection.fetch(READ_ALLOCATIONS, ids):
+        found.setdefault(row["reservation_id"], []).append(
+            Allocation(
+                row["sku"], row["location"], row["held"], row["confirmed"], row["cancelled"], row["expired"]
+            )
+        )  # fmt: skip
+    return found
+
+
+async def read_changes(connection: Connection, changes: Iterable[Change]) -> dict[tuple[str, str], KnownChange]:
+    asked = sorted({(change.reservation_id, change.request_id) for change in changes})
+    return {
+        (row["reservation_id"], row["request_id"]): _known(row)
+        for row in await connection.fetch(READ_CHANGES, *columns(asked, 2))
+    }
+
+
+def _known(row: Record) -> KnownChange:
+    refusal = None
+    if row["refusal"]:
+        reason, message, metadata = json.loads(row["refusal"])
+        refusal = Refusal(reason, message, **metadata)
+    return KnownChange(_change(row), row["state"], refusal)
+
+
+def _change(row: Record) -> Change:
+    return Change(
+        row["reservation_id"],
+        row["request_id"],
+        Action(row["action"]),
+        tuple(ChangeLine(*line) for line in json.loads(row["lines"])),
+        row["ttl"],
+        row["fingerprint"],
+    )
+
+
+async def insert_changes(connection: Connection, changes: Iterable[Change]) -> None:
+    rows = sorted(
+        (
+            (
+                c.reservation_id, c.request_id, c.action.value, c.fingerprint,
+                json.dumps([[line.sku, line.location, line.quantity] for line in c.lines]), c.ttl,
+            )
+            for c in changes
+        ),
+        key=lambda row: row[:2],
+    )  # fmt: skip
+    if rows:
+        await connection.execute(INSERT_CHANGES, *columns(rows, 6))
+
+
+async def pending_changes(connection: Connection, age: timedelta, limit: int) -> list[Change]:
+    return [_change(row) for row in await connection.fetch(PENDING_CHANGES, age, limit)]
+
+
+async def lock(connection: Connection, ids: Iterable[str]) -> None:
+    await connection.execute(LOCK, sorted(set(ids)))
+
+
+async def apply_changes(connection: Connection, changes: Iterable[Change]) -> set[tuple[str, str]]:
+    """Turn PENDING changes into APPLIED; return those that this call turned."""
+    asked = sorted({(change.reservation_id, change.request_id) for change in changes})
+    rows = await connection.fetch(APPLY_CHANGES, *columns(asked, 2))
+    return {(row["reservation_id"], row["request_id"]) for row in rows}
+
+
+async def refuse_changes(connection: Connection, refused: Iterable[tuple[Change, Refusal]]) -> None:
+    rows = sorted(
+        (change.reservation_id, change.request_id, json.dumps([r.reason, r.message, r.metadata]))
+        for change, r in refused
+    )
+    if rows:
+        await connection.execute(REFUSE_CHANGES, *columns(rows, 3))
+
+
+async def move(connection: Connection, parts: Mapping[tuple[str, str, str], tuple[int, int, int]]) -> None:
+    """Move (confirmed, cancelled, expired) units of (reservation, sku, location) out of held."""
+    if parts:
+        keys = sorted(parts)
+        await connection.execute(MOVE, *columns(keys, 3), *columns((parts[key] for key in keys), 3))
+
+
+async def settle(connection: Connection, states: Mapping[str, tuple[State, datetime]]) -> None:
+    rows = [(name, state.value, until) for name, (state, until) in sorted(states.items())]
+    if rows:
+        await connection.execute(SETTLE, *columns(rows, 3))
+
+
+async def due(connection: Connection, limit: int) -> list[str]:
+    return [row["reservation_id"] for row in await connection.fetch(DUE, limit)]
+
+
+async def list_ids(
+    connection: Connection,
+    *,
+    after: tuple[datetime, str] | None,
+    customer_id: str,
+    state: State | None,
+    start: datetime | None,
+    end: datetime | None,
+    limit: int,
+) -> list[tuple[str, datetime]]:
+    """A page of ids, the newest first, by keyset."""
+    c = RESERVATION.c
+    statement = (
+        sa.select(c.reservation_id, c.created_at).order_by(c.created_at.desc(), c.reservation_id.desc()).limit(limit)
+    )
+    if after:
+        statement = statement.where(sa.tuple_(c.created_at, c.reservation_id) < sa.tuple_(*after))
+    if customer_id:
+        statement = statement.where(c.customer_id == customer_id)
+    if state:
+        statement = statement.where(c.state == state.value)
+    if start:
+        statement = statement.where(c.created_at >= start)
+    if end:
+        statement = statement.where(c.created_at < end)
+    return [(row["reservation_id"], row["created_at"]) for row in await fetch(connection, statement)]

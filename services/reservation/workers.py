@@ -1,0 +1,50 @@
+"""What reservation does without being asked: relay, book expiries, drive on what was left half done.
+
+Each runs on one pod at a time, by a lock in Redis that saves work and decides nothing.
+"""
+
+import asyncio
+
+import redis.asyncio as redis
+import structlog
+
+from services.reservation.commands import DRIVE_MAX, EXPIRE_MAX, Commands
+from services.reservation.settings import Settings
+from shared import workers
+from shared.database import Database
+
+log = structlog.get_logger(__name__)
+
+
+class Workers:
+    """Tasks that `run` keeps going until it is cancelled."""
+
+    def __init__(self, settings: Settings, database: Database, commands: Commands, client: redis.Redis) -> None:
+        self._settings = settings
+        self._database = database
+        self._commands = commands
+        self._redis = client
+
+    async def run(self) -> None:
+        """Run every worker; a fault in one is logged and it starts again, the others go on."""
+        settings = self._settings
+        work = {
+            "relay": lambda: workers.relay(
+                self._database, settings.kafka_bootstrap, settings.pod, settings.relay_poll_seconds
+            ),
+            "sweeper": lambda: workers.forever(self._expire, settings.sweep_poll_seconds),
+            "driver": lambda: workers.forever(self._drive_on, max(settings.pending_seconds_min / 2, 0.1)),
+        }
+        async with asyncio.TaskGroup() as group:
+            for name, job in work.items():
+                group.create_task(
+                    workers.alone(self._redis, f"reservation:{name}", job, lock_ttl_seconds=settings.lock_ttl_seconds)
+                )
+
+    async def _expire(self) -> None:
+        while (expired := await self._commands.expire()) == EXPIRE_MAX:
+            log.info("reservations expired", count=expired)
+
+    async def _drive_on(self) -> None:
+        while (driven := await self._commands.drive_on(self._settings.pending_seconds_min)) == DRIVE_MAX:
+            log.info("changes driven on", count=driven)

@@ -1,0 +1,51 @@
+"""How a pod's workers are kept going: alone where one is enough, again after a fault, until cancelled."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+
+import redis.asyncio as redis
+import structlog
+
+from shared.database import Database
+from shared.lock import run_alone
+from shared.outbox import Relay, producer
+
+log = structlog.get_logger(__name__)
+RESTART_SECONDS = 1.0
+Work = Callable[[], Awaitable[None]]
+
+
+async def forever(work: Work, seconds: float) -> None:
+    """Do `work`, wait, and do it again."""
+    while True:
+        await work()
+        await asyncio.sleep(seconds)
+
+
+async def restarting(name: str, work: Work) -> None:
+    """Keep a worker going: a fault is logged, and after a second it starts again."""
+    while True:
+        try:
+            await work()
+        except Exception as error:  # noqa: BLE001 - whatever it was, the worker must come back
+            log.warning("worker starts again", worker=name, error=type(error).__name__, message=str(error))
+        await asyncio.sleep(RESTART_SECONDS)
+
+
+async def alone(client: redis.Redis, name: str, work: Work, *, lock_ttl_seconds: float) -> None:
+    """As `restarting`, on one pod at a time where Redis can tell; `name` is the lock's."""
+
+    async def once(_token: int) -> None:
+        await restarting(name, work)
+
+    await run_alone(client, name, once, ttl_seconds=lock_ttl_seconds)
+
+
+async def relay(database: Database, bootstrap: str, client_id: str, poll_seconds: float) -> None:
+    """Move the outbox to Kafka until cancelled. Raises KafkaError when the brokers cannot be found."""
+    sender = producer(bootstrap, client_id)
+    try:
+        await sender.start()
+        await Relay(database, sender).run(poll_seconds=poll_seconds)
+    finally:
+        await sender.stop()
