@@ -27,8 +27,11 @@ log = structlog.get_logger(__name__)
 Server = grpc.aio.Server
 if TYPE_CHECKING:
     Context = grpc.aio.ServicerContext[Any, Any]
+    Handler = grpc.RpcMethodHandler[Any, Any]
 else:
+    # The stubs are generic; what they describe is not.
     Context = grpc.aio.ServicerContext
+    Handler = grpc.RpcMethodHandler
 
 
 class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # not generic at run time
@@ -40,9 +43,9 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # not generic 
 
     async def intercept_service(
         self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[grpc.RpcMethodHandler[Any, Any]]],
+        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
         handler_call_details: grpc.HandlerCallDetails,
-    ) -> grpc.RpcMethodHandler[Any, Any]:
+    ) -> Handler:
         handler: Any = await continuation(handler_call_details)
         if handler is None or not handler_call_details.method.startswith("/holdfast."):
             return handler  # type: ignore[no-any-return]
