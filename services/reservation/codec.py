@@ -16,7 +16,7 @@ from shared.outbox import Event
 from shared.refusal import Refusal
 
 CHANGES_TOPIC = "holdfast.reservation.changes.v1"
-LINES_MAX = 500
+LINES_MAX = 2_000
 
 _MODES = {
     pb.RESERVE_MODE_UNSPECIFIED: Mode.ALL,

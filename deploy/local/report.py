@@ -1,0 +1,109 @@
+"""What a replay came to: for people a table, for programs a file."""
+
+from typing import Any
+
+from rich.console import Console
+from rich.table import Table
+
+from deploy.local.orders import Book
+from deploy.local.replay import Tally, Truth
+
+
+def figures(book: Book, tally: Tally, truth: Truth, pods: dict[str, list[str]]) -> dict[str, Any]:
+    """Every figure of the run; units of latency are milliseconds."""
+    latencies = sorted(tally.latencies) or [0.0]
+    return {
+        "orders": tally.orders,
+        "lines": book.lines,
+        "held": tally.held,
+        "confirmed": tally.confirmed,
+        "refused": tally.refused,
+        "returned_units": tally.returned_units,
+        "corrections": tally.corrections,
+        "refused_corrections": tally.refused_corrections,
+        "skipped": dict(sorted(book.skipped.items())),
+        "on_hand_total": truth.on_hand_total,
+        "sold_units": truth.sold_units,
+        "expired_units": truth.expired_units,
+        "oversold_units": truth.oversold_units,
+        "drift_units": truth.drift_units,
+        "events_waiting": truth.events_waiting,
+        "errors": dict(tally.errors),
+        "requests_per_second": round(tally.calls / tally.seconds, 1) if tally.seconds else 0,
+        "latency_ms": {
+            f"p{share}": round(latencies[min(len(latencies) * share // 100, len(latencies) - 1)] * 1000, 1)
+            for share in (50, 95, 99)
+        },
+        "pods_reached": pods,
+        "seconds": round(tally.seconds, 2),
+    }
+
+
+def sound(result: dict[str, Any]) -> bool:
+    """Nothing oversold, no drift, no error."""
+    return not (result["oversold_units"] or result["drift_units"] or result["errors"])
+
+
+def show(console: Console, result: dict[str, Any]) -> None:
+    """Print the table."""
+    table = Table(title="What happened", title_justify="left", show_header=False, box=None, padding=(0, 2, 0, 0))
+    table.add_column(style="dim")
+    table.add_column(justify="right")
+    table.add_column(style="dim")
+
+    def row(name: str, value: object, note: str = "", *, good: bool | None = None) -> None:
+        shown = f"{value:,}" if isinstance(value, int) else str(value)
+        style = {None: "bold", True: "bold green", False: "bold red"}[good]
+        table.add_row(name, f"[{style}]{shown}[/]", note)
+
+    latency = result["latency_ms"]
+    skipped = sum(result["skipped"].values())
+    row("orders", result["orders"], f"{result['lines']:,} lines of goods; {skipped:,} rows skipped and counted")
+    row("held", result["held"], "reservations that got all they asked for")
+    row("confirmed", result["confirmed"], f"{result['sold_units']:,} units sold")
+    row("refused", result["refused"], "sold out: an answer, not an error")
+    row("expired", result["expired_units"], "units whose time came")
+    row("returned", result["returned_units"], "units")
+    refused = f"{result['refused_corrections']:,} refused, as they would take what is not there"
+    row("corrections", result["corrections"], refused)
+    row("on hand", result["on_hand_total"], "units left on the shelf")
+    rate = f"p50 {latency['p50']} ms, p95 {latency['p95']} ms, p99 {latency['p99']} ms"
+    row("requests a second", result["requests_per_second"], rate)
+    for service, pods in result["pods_reached"].items():
+        row(f"{service} pods reached", len(pods), ", ".join(pods), good=len(pods) > 1)
+    row("errors", sum(result["errors"].values()), ", ".join(result["errors"]), good=not result["errors"])
+    waiting = result["events_waiting"]
+    row("events waiting", waiting, "everything has reached Kafka" if not waiting else "", good=not waiting)
+    row("ledger drift", result["drift_units"], "units, read from the databases", good=not result["drift_units"])
+    oversold = result["oversold_units"]
+    row("oversold", oversold, "units, read from the databases", good=not oversold)
+    console.print()
+    console.print(table)
+
+
+HOW = """
+[bold]Call it[/]
+  [dim]# Python[/]
+  .venv/bin/python -c '
+  import asyncio
+  from shared.client import Holdfast
+  async def main():
+      async with Holdfast("{inventory}", "{reservation}") as holdfast:
+          print(await holdfast.reserve("my-order", [("{sku}", "", 1)]))
+          print(await holdfast.confirm("my-order", "my-payment"))
+  asyncio.run(main())'
+
+  [dim]# grpcurl[/]
+  grpcurl -plaintext -d '{{"keys": [{{"sku": "{sku}", "location": "MAIN"}}]}}' {inventory_pod} \\
+    holdfast.inventory.v1.InventoryService/GetAvailability
+
+  [dim]# ghz[/]
+  ghz --insecure --call holdfast.reservation.v1.ReservationService/Reserve -c 64 -z 10s \\
+    -d '{{"reservation_id": "{{{{newUUID}}}}", "lines": [{{"sku": "{sku}", "quantity": 1}}]}}' {reservation_pod}
+"""
+
+
+def how(console: Console, targets: dict[str, str], sku: str) -> None:
+    """Print how to call what runs, with its real addresses."""
+    pods = {f"{name}_pod": target.removeprefix("ipv4:").split(",")[0] for name, target in targets.items()}
+    console.print(HOW.format(**targets, **pods, sku=sku), highlight=False, soft_wrap=True)

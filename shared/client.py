@@ -1,0 +1,177 @@
+"""A small typed client of Holdfast, balanced over all pods.
+
+    async with Holdfast("dns:///inventory:50051", "dns:///reservation:50051") as holdfast:
+        answer = await holdfast.reserve("order-1", [("85123A", "", 6)])
+        if answer.outcome == reservation_pb2.RESERVE_OUTCOME_HELD:
+            await holdfast.confirm("order-1", "order-1-paid")
+
+Ids are the caller's: a call that failed or was lost is made again with the same ids, and gets its first
+outcome. What a server refuses is raised as `shared.refusal.Refusal`; anything else as grpc.aio.AioRpcError.
+"""
+
+from collections import Counter
+from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from datetime import timedelta
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import grpc
+from google.protobuf.duration_pb2 import Duration
+from holdfast.inventory.v1 import inventory_pb2, inventory_pb2_grpc
+from holdfast.reservation.v1 import reservation_pb2, reservation_pb2_grpc
+
+from shared.channel import open_channel
+from shared.errors import refusal_of
+from shared.server import POD_KEY
+
+T = TypeVar("T")
+Line = tuple[str, str, int]  # sku, location ("" for any), units
+IMPORT_CHUNK_ROWS = 500
+
+
+class Holdfast:
+    """Both services' calls. `pods` counts the answers that each pod gave."""
+
+    def __init__(self, inventory_target: str, reservation_target: str) -> None:
+        self._channels = [open_channel(inventory_target), open_channel(reservation_target)]
+        self.inventory = inventory_pb2_grpc.InventoryServiceStub(self._channels[0])
+        self.reservation = reservation_pb2_grpc.ReservationServiceStub(self._channels[1])
+        self.pods: Counter[str] = Counter()
+
+    async def __aenter__(self) -> Self:
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await self.close()
+
+    async def close(self) -> None:
+        for channel in self._channels:
+            await channel.close(None)
+
+    async def reserve(
+        self,
+        reservation_id: str,
+        lines: Iterable[Line | reservation_pb2.ReservationLine],
+        *,
+        mode: reservation_pb2.ReserveMode.ValueType = reservation_pb2.RESERVE_MODE_ALL,
+        ttl: timedelta | None = None,
+        customer_id: str = "",
+    ) -> reservation_pb2.ReserveResponse:
+        """Hold stock. Being sold out is the outcome REJECTED, not an error."""
+        asked = [
+            reservation_pb2.ReservationLine(sku=line[0], location=line[1], quantity=line[2])
+            if isinstance(line, tuple)
+            else line
+            for line in lines
+        ]
+        request = reservation_pb2.ReserveRequest(
+            reservation_id=reservation_id, customer_id=customer_id, lines=asked, mode=mode, ttl=_duration(ttl)
+        )
+        return await self._call(self.reservation.Reserve(request))
+
+    async def confirm(
+        self, reservation_id: str, request_id: str, lines: Sequence[Line] = ()
+    ) -> reservation_pb2.ConfirmResponse:
+        """Sell what is held, or some of it."""
+        return await self._call(
+            self.reservation.Confirm(
+                reservation_pb2.ConfirmRequest(
+                    reservation_id=reservation_id, request_id=request_id, lines=_lines(lines)
+                )
+            )
+        )
+
+    async def cancel(
+        self, reservation_id: str, request_id: str, lines: Sequence[Line] = ()
+    ) -> reservation_pb2.CancelResponse:
+        """Give back what is held, or some of it."""
+        return await self._call(
+            self.reservation.Cancel(
+                reservation_pb2.CancelRequest(reservation_id=reservation_id, request_id=request_id, lines=_lines(lines))
+            )
+        )
+
+    async def extend(self, reservation_id: str, request_id: str, ttl: timedelta) -> reservation_pb2.ExtendResponse:
+        """Hold it longer."""
+        return await self._call(
+            self.reservation.Extend(
+                reservation_pb2.ExtendRequest(reservation_id=reservation_id, request_id=request_id, ttl=_duration(ttl))
+            )
+        )
+
+    async def get(self, reservation_id: str) -> reservation_pb2.Reservation:
+        """Read a reservation."""
+        request = reservation_pb2.GetReservationRequest(reservation_id=reservation_id)
+        return (await self._call(self.reservation.GetReservation(request))).reservation
+
+    async def adjust(
+        self,
+        request_id: str,
+        sku: str,
+        location: str,
+        reason: inventory_pb2.AdjustmentReason.ValueType,
+        quantity: int,
+        **more: Any,
+    ) -> inventory_pb2.AdjustStockResponse:
+        """Change stock; `more` are other fields of StockAdjustment."""
+        adjustment = inventory_pb2.StockAdjustment(
+            request_id=request_id,
+            key=inventory_pb2.StockKey(sku=sku, location=location),
+            reason=reason,
+            quantity=quantity,
+            **more,
+        )
+        return await self._call(self.inventory.AdjustStock(inventory_pb2.AdjustStockRequest(adjustment=adjustment)))
+
+    async def availability(self, keys: Iterable[tuple[str, str]]) -> list[inventory_pb2.Stock]:
+        """Stock of (sku, location) keys, in their order; location "" for the sum over all."""
+        asked = [inventory_pb2.AvailabilityKey(sku=sku, location=location) for sku, location in keys]
+        request = inventory_pb2.GetAvailabilityRequest(keys=asked)
+        return list((await self._call(self.inventory.GetAvailability(request))).stocks)
+
+    async def import_stock(
+        self, request_id: str, rows: Sequence[inventory_pb2.ImportRow], *, dry_run: bool = False
+    ) -> inventory_pb2.ImportStockResponse:
+        """Load a catalogue or opening stock."""
+
+        async def messages() -> AsyncIterator[inventory_pb2.ImportStockRequest]:
+            header = inventory_pb2.ImportHeader(request_id=request_id, dry_run=dry_run)
+            yield inventory_pb2.ImportStockRequest(header=header)
+            for start in range(0, len(rows), IMPORT_CHUNK_ROWS):
+                chunk = inventory_pb2.ImportRows(rows=rows[start : start + IMPORT_CHUNK_ROWS])
+                yield inventory_pb2.ImportStockRequest(rows=chunk)
+
+        return await self._call(self.inventory.ImportStock(messages()))
+
+    async def _call(self, call: Awaitable[T]) -> T:
+        """Wait for a call, count its pod, and raise what was refused."""
+        assert isinstance(call, grpc.aio.Call)
+        try:
+            answer: T = await call
+        except grpc.aio.AioRpcError as error:
+            self._count(error.trailing_metadata())
+            refusal = refusal_of(error)
+            if refusal:
+                raise refusal from error
+            raise
+        self._count(await call.trailing_metadata())
+        return answer
+
+    def _count(self, metadata: Any) -> None:
+        for key, value in metadata or ():
+            if key == POD_KEY:
+                self.pods[value] += 1
+
+
+def _lines(lines: Sequence[Line]) -> list[reservation_pb2.LineQuantity]:
+    return [reservation_pb2.LineQuantity(sku=sku, location=location, quantity=units) for sku, location, units in lines]
+
+
+def _duration(value: timedelta | None) -> Duration | None:
+    if value is None:
+        return None
+    duration = Duration()
+    duration.FromTimedelta(value)
+    return duration
