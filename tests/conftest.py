@@ -8,8 +8,10 @@ import pytest
 import redis.asyncio as redis
 
 from deploy.local.stack import Stack
+from deploy.local.supervisor import Supervisor
 from services.inventory.cache import Cache
 from services.inventory.commands import Commands
+from shared.client import Holdfast
 from shared.database import Database
 from shared.migrate import migrate
 
@@ -57,3 +59,17 @@ async def cache(inventory_db: Database, redis_client: redis.Redis) -> AsyncItera
 @pytest.fixture
 def commands(inventory_db: Database, cache: Cache) -> Commands:
     return Commands(inventory_db, cache)
+
+
+@pytest.fixture(scope="session")
+def pods(stack: Stack) -> Iterator[Supervisor]:
+    """Two pods of each service, on databases of their own."""
+    with Supervisor(stack).start() as supervisor:
+        yield supervisor
+
+
+@pytest.fixture
+async def holdfast(pods: Supervisor) -> AsyncIterator[Holdfast]:
+    """A client of both services, balanced over their pods."""
+    async with Holdfast(pods.targets["inventory"], pods.targets["reservation"]) as client:
+        yield client

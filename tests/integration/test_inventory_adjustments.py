@@ -1,0 +1,127 @@
+"""Adjustments on the real database: atomic each, once each, and never against what is held."""
+
+import asyncio
+from dataclasses import replace
+from uuid import uuid4
+
+import pytest
+from holdfast.inventory.v1 import inventory_pb2 as ip
+
+from services.inventory.commands import Commands
+from services.inventory.domain import Adjustment, Change
+from shared.database import Database
+from shared.refusal import Refusal
+from tests.integration.goods import assert_sound, hold, put, stock
+
+
+def ask(change: Change, quantity: int, **more: object) -> Adjustment:
+    content = repr((change, quantity, more)).encode()
+    base = Adjustment(uuid4().hex, "A", "MAIN", change, quantity, fingerprint=content)
+    return replace(base, **more)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("adjustment", "on_hand"),
+    [
+        (ask(Change.RECEIVE, 5), 15),
+        (ask(Change.RETURN, 5), 15),
+        (ask(Change.SHIP, 4), 6),
+        (ask(Change.DAMAGE, 4), 6),
+        (ask(Change.COUNT, 7), 7),
+        (ask(Change.COUNT, -3, relative=True), 7),
+        (ask(Change.SHIP, 5), "INSUFFICIENT_STOCK"),
+        (ask(Change.DAMAGE, 5), "BELOW_HELD"),
+        (ask(Change.COUNT, 5), "BELOW_HELD"),
+        (ask(Change.COUNT, -11, relative=True, allow_short=True), "BELOW_HELD"),
+        (ask(Change.RECEIVE, 1, expected_version=7), "VERSION_MISMATCH"),
+        (ask(Change.RECEIVE, 10**12), "QUANTITY_OUT_OF_RANGE"),
+    ],
+    ids=str,
+)
+async def test_ten_units_of_which_six_are_held(
+    commands: Commands, inventory_db: Database, adjustment: Adjustment, on_hand: int | str
+) -> None:
+    """What each adjustment makes of ten units on hand, six of them held; and again by the same id."""
+    await put(commands, "A", 10)
+    await commands.place([hold("h", ("A", "MAIN", 6))])
+    (first,) = await commands.adjust([adjustment])
+    (again,) = await commands.adjust([adjustment])
+    assert first == again
+    if isinstance(on_hand, int):
+        assert isinstance(first, ip.AdjustStockResponse)
+        assert await stock(inventory_db, "A") == (on_hand, 6)
+    else:
+        assert isinstance(first, Refusal)
+        assert first.reason == on_hand
+        assert await stock(inventory_db, "A") == (10, 6)
+    await assert_sound(inventory_db)
+
+
+async def test_a_count_may_record_a_shortage_that_heals(commands: Commands, inventory_db: Database) -> None:
+    """With allow_short missing goods are recorded; what comes in later makes them up."""
+    await put(commands, "A", 10)
+    await commands.place([hold("h", ("A", "MAIN", 6))])
+    (counted,) = await commands.adjust([ask(Change.COUNT, 4, allow_short=True)])
+    assert isinstance(counted, ip.AdjustStockResponse)
+    assert (counted.stocks[0].short, counted.stocks[0].available) == (2, 0)
+    (received,) = await commands.adjust([ask(Change.RECEIVE, 5)])
+    assert isinstance(received, ip.AdjustStockResponse)
+    assert (received.stocks[0].short, received.stocks[0].available) == (0, 3)
+    await assert_sound(inventory_db)
+
+
+async def test_a_transfer_moves_units_in_one_step(commands: Commands, inventory_db: Database) -> None:
+    """Concurrent transfers in both directions lose nothing and do not deadlock."""
+    await put(commands, "A", 100)
+    await put(commands, "A", 100, "SHOP")
+    there, back = {"location": "MAIN", "to_location": "SHOP"}, {"location": "SHOP", "to_location": "MAIN"}
+    answers = await asyncio.gather(
+        *(commands.adjust([ask(Change.TRANSFER, 1 + n % 3, **(there if n % 2 else back))]) for n in range(60))
+    )
+    assert all(isinstance(answer, ip.AdjustStockResponse) for (answer,) in answers)
+    assert sum([(await stock(inventory_db, "A", at))[0] for at in ("MAIN", "SHOP")]) == 200
+    await assert_sound(inventory_db)
+
+
+async def test_one_adjustment_at_once_everywhere_is_one(commands: Commands, inventory_db: Database) -> None:
+    """The same receipt twenty times at once, of a SKU without stock yet, is received once."""
+    await put(commands, "B", 0)
+    receipt = replace(ask(Change.RECEIVE, 5), sku="B")
+    answers = await asyncio.gather(*(commands.adjust([receipt]) for _ in range(20)))
+    assert len({repr(answer) for answer in answers}) == 1
+    assert (await stock(inventory_db, "B"))[0] == 5
+    (other,) = await commands.adjust([replace(receipt, quantity=6, fingerprint=b"other")])
+    assert isinstance(other, Refusal)
+    assert other.reason == "REQUEST_ID_REUSED"
+
+
+async def test_a_refused_one_does_not_undo_the_others(commands: Commands, inventory_db: Database) -> None:
+    """A batch is answered one by one, in its order."""
+    await put(commands, "A", 1)
+    answers = await commands.adjust(
+        [
+            ask(Change.SHIP, 1),
+            ask(Change.SHIP, 1),
+            replace(ask(Change.RECEIVE, 1), sku="nowhere"),
+            ask(Change.RECEIVE, 3),
+        ]
+    )
+    reasons = [answer.reason if isinstance(answer, Refusal) else "" for answer in answers]
+    assert reasons == ["", "INSUFFICIENT_STOCK", "SKU_NOT_FOUND", ""]
+    assert await stock(inventory_db, "A") == (3, 0)
+    await assert_sound(inventory_db)
+
+
+async def test_policy_keeps_safety_stock_and_allows_backorders(commands: Commands) -> None:
+    """Holds leave safety stock alone and may go into the backorder limit; it cannot be cut below them."""
+    await put(commands, "A", 10)
+    (set_,) = await commands.adjust([ask(Change.POLICY, 0, safety_stock=4)])
+    assert isinstance(set_, ip.AdjustStockResponse)
+    assert set_.stocks[0].available == 6
+    await commands.adjust([ask(Change.POLICY, 0, backorder_limit=5)])
+    (placed,) = await commands.place([hold("h", ("A", "MAIN", 14))])
+    assert not isinstance(placed, Refusal)
+    assert placed.allocations
+    (cut,) = await commands.adjust([ask(Change.POLICY, 0, backorder_limit=3)])
+    assert isinstance(cut, Refusal)
+    assert cut.reason == "BELOW_HELD"
