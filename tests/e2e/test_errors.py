@@ -8,6 +8,7 @@ from typing import Any
 import asyncpg
 import grpc
 import pytest
+from google.protobuf.duration_pb2 import Duration
 from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.timestamp_pb2 import Timestamp
 from holdfast.inventory.v1 import error_reason_pb2 as inventory_reasons
@@ -209,7 +210,7 @@ async def test_reservation_raises_each_of_its_reasons(holdfast: Holdfast, stack:
         (
             "ttl",
             rp.ReserveRequest(
-                reservation_id="r", lines=[rp.ReservationLine(sku="A", quantity=1)], ttl={"seconds": 10**11}
+                reservation_id="r", lines=[rp.ReservationLine(sku="A", quantity=1)], ttl=Duration(seconds=10**11)
             ),
         ),
     ],

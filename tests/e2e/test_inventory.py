@@ -1,6 +1,7 @@
 """The inventory API through two pods: catalogue, import, reads and watching."""
 
 import asyncio
+from typing import Any
 
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
@@ -111,7 +112,7 @@ async def test_a_watch_sees_every_movement_in_order_and_resumes(holdfast: Holdfa
     """Snapshot, then each version without a gap; after a break the next version comes first."""
     sku = await goods(holdfast, 100)
     keys = [ip.WatchKey(sku=sku, location="MAIN")]
-    stream = holdfast.inventory.WatchStock(ip.WatchStockRequest(keys=keys))
+    stream: Any = holdfast.inventory.WatchStock(ip.WatchStockRequest(keys=keys))
     snapshot = (await stream.read()).snapshot
     await asyncio.gather(*(holdfast.reserve(new(), [(sku, "MAIN", 1)]) for _ in range(20)))
     versions = [(await stream.read()).movement.version for _ in range(20)]
@@ -119,7 +120,7 @@ async def test_a_watch_sees_every_movement_in_order_and_resumes(holdfast: Holdfa
     stream.cancel()
     await holdfast.reserve(new(), [(sku, "MAIN", 1)])
     keys[0].resume_version = versions[-1]
-    again = holdfast.inventory.WatchStock(ip.WatchStockRequest(keys=keys))
+    again: Any = holdfast.inventory.WatchStock(ip.WatchStockRequest(keys=keys))
     movement = (await again.read()).movement
     assert (movement.version, movement.held) == (versions[-1] + 1, 21)
     again.cancel()

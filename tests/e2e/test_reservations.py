@@ -1,6 +1,7 @@
 """Reservations through two pods of each service, as a shop sees them."""
 
 import asyncio
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 
 import grpc
@@ -16,7 +17,7 @@ from tests.e2e.shop import goods, new, stock
 HELD, REJECTED = rp.RESERVE_OUTCOME_HELD, rp.RESERVE_OUTCOME_REJECTED
 
 
-async def until(condition, seconds: float = 15) -> None:  # type: ignore[no-untyped-def]
+async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 15) -> None:
     """Wait until `await condition()` is true."""
     async with asyncio.timeout(seconds):
         while not await condition():

@@ -1,0 +1,217 @@
+"""Events: nothing lost, nothing out of order per key, poison set aside, whatever is killed in between."""
+
+import asyncio
+import json
+from collections.abc import AsyncIterator, Sequence
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from holdfast.inventory.v1 import events_pb2
+from holdfast.inventory.v1 import inventory_pb2 as ip
+
+from deploy.local.stack import Stack, Topic
+from services.inventory import codec
+from services.inventory.commands import Commands
+from services.inventory.workers import obey
+from shared.consumer import Busy, Consumer, DeadLetterLimitError, Message, Poison, dead_letters, replay
+from shared.database import Database
+from shared.outbox import Event, Relay, producer, write
+from tests.e2e.shop import new
+from tests.integration.goods import hold, put, stock
+
+
+@pytest.fixture
+async def sender(stack: Stack) -> AsyncIterator[AIOKafkaProducer]:
+    sender = producer(stack.kafka_bootstrap, "test")
+    await sender.start()
+    yield sender
+    await sender.stop()
+
+
+async def read(stack: Stack, topic: str, count: int) -> list[Message]:
+    """The first `count` messages of a topic."""
+    consumer = AIOKafkaConsumer(topic, bootstrap_servers=stack.kafka_bootstrap, auto_offset_reset="earliest")
+    await consumer.start()
+    messages: list[Message] = []
+    try:
+        async with asyncio.timeout(20):
+            while len(messages) < count:
+                for batch in (await consumer.getmany(timeout_ms=200)).values():
+                    messages += batch
+    finally:
+        await consumer.stop()
+    return messages
+
+
+class Crash(Exception):
+    """Where a relay is killed."""
+
+
+class CrashingRelay(Relay):
+    """A relay that dies after Kafka has acknowledged and before it deletes, when told to."""
+
+    crash = False
+
+    async def relay_once(self, events_max: int = 2000) -> int:
+        connection = self._database.connection
+        calls = 0
+
+        def guarded() -> object:
+            nonlocal calls
+            calls += 1
+            if self.crash and calls == 2:
+                raise Crash
+            return connection()
+
+        self._database.connection = guarded  # type: ignore[method-assign, assignment]
+        try:
+            return await super().relay_once(events_max)
+        finally:
+            del self._database.connection
+
+
+async def test_a_relay_killed_before_it_deletes_loses_and_reorders_nothing(
+    stack: Stack, inventory_db: Database, sender: AIOKafkaProducer
+) -> None:
+    """What was sent twice is a duplicate: applied by version, every key is whole and in order."""
+    topic = new("events")
+    stack.create_topics(Topic(topic))
+    keys = [f"k{n}" for n in range(5)]
+    async with inventory_db.connection() as connection, connection.transaction():
+        events = [Event(topic, key, "t", f"{key}:{v}".encode()) for v in range(1, 41) for key in keys]
+        await write(connection, events)
+    relay = CrashingRelay(inventory_db, sender)
+    for turn in range(4):
+        relay.crash = turn % 2 == 0
+        try:
+            await relay.relay_once(events_max=70)
+        except Crash:
+            continue
+    relay.crash = False
+    other = Relay(inventory_db, sender)
+    while sum(await asyncio.gather(relay.relay_once(30), other.relay_once(30))):
+        pass
+    async with inventory_db.connection() as connection:
+        assert await connection.fetchval("SELECT count(*) FROM outbox") == 0
+    messages = await read(stack, topic, 200)
+    assert len(messages) > 200
+    applied = dict.fromkeys(keys, 0)
+    for message in messages:
+        key, version = (message.value or b"").decode().split(":")
+        assert int(version) <= applied[key] + 1, "a gap"
+        applied[key] = max(applied[key], int(version))
+    assert applied == dict.fromkeys(keys, 40)
+    names = {name for name, _ in messages[0].headers}
+    assert {"event_id", "type", "schema_version"} <= names
+
+
+async def test_every_change_is_an_event_in_version_order(
+    stack: Stack, commands: Commands, inventory_db: Database, sender: AIOKafkaProducer
+) -> None:
+    """Expiry too: what Kafka tells of a key is its ledger."""
+    sku = new("SKU")
+    await put(commands, sku, 5)
+    await commands.place([hold(new(), (sku, "MAIN", 5), ttl_seconds=0.001)])
+    async with inventory_db.connection() as connection:
+        await connection.fetch("SELECT pg_sleep(0.01)")
+    assert await commands.sweep() == 1
+    assert await commands.sweep() == 0
+    stack.create_topics(Topic(codec.MOVEMENTS_TOPIC))
+    await Relay(inventory_db, sender).relay_once()
+    consumer = AIOKafkaConsumer(
+        codec.MOVEMENTS_TOPIC, bootstrap_servers=stack.kafka_bootstrap, auto_offset_reset="earliest"
+    )
+    await consumer.start()
+    seen: list[tuple[int, int, int]] = []
+    try:
+        async with asyncio.timeout(20):
+            while len(seen) < 3:
+                message = await consumer.getone()
+                moved = events_pb2.StockMoved.FromString(message.value or b"").movement
+                if moved.sku == sku:
+                    assert message.key == sku.encode()
+                    seen.append((moved.version, moved.kind, moved.held))
+    finally:
+        await consumer.stop()
+    kinds = (ip.MOVEMENT_KIND_RECEIVE, ip.MOVEMENT_KIND_HOLD, ip.MOVEMENT_KIND_EXPIRE)
+    assert seen == [(1, kinds[0], 0), (2, kinds[1], 5), (3, kinds[2], 0)]
+
+
+def command(source_id: str, sku: str, units: int) -> bytes:
+    adjustment = ip.StockAdjustment(
+        key=ip.StockKey(sku=sku, location="MAIN"), reason=ip.ADJUSTMENT_REASON_RECEIVE, quantity=units
+    )
+    return events_pb2.StockCommand(source="erp", source_id=source_id, adjustment=adjustment).SerializeToString()
+
+
+async def test_commands_are_obeyed_once_and_poison_is_set_aside(
+    stack: Stack, commands: Commands, inventory_db: Database, sender: AIOKafkaProducer
+) -> None:
+    """A duplicate changes nothing; poison goes to the dead letters with its reason; replay obeys it then."""
+    topic = new("commands")
+    stack.create_topics(Topic(topic), Topic(f"{topic}.dlq"))
+    await put(commands, "A", 0)
+    obeyed = asyncio.Event()
+
+    async def handle(messages: Sequence[Message]) -> list[Poison | None]:
+        outcomes = await obey(commands, messages)
+        if any(message.key == b"last" for message in messages):
+            obeyed.set()
+        return outcomes
+
+    for key, value in (
+        (b"A", command("1", "A", 5)),
+        (b"A", command("1", "A", 5)),
+        (b"A", b"\xffnonsense"),
+        (b"B", command("2", "B", 7)),
+        (b"A", command("3", "A", 2)),
+        (b"last", command("4", "A", 1)),
+    ):
+        await sender.send_and_wait(topic, value, key=key, partition=0)
+    running = asyncio.ensure_future(Consumer(stack.kafka_bootstrap, topic, new("group"), f"{topic}.dlq", handle).run())
+    try:
+        await asyncio.wait_for(obeyed.wait(), 20)
+        letters = await read(stack, f"{topic}.dlq", 2)
+        reasons = [dict(letter.headers)["dlq_reason"].decode().split(":")[0] for letter in letters]
+        assert sorted(reasons) == ["FIELD_INVALID", "SKU_NOT_FOUND"]
+        assert await stock(inventory_db, "A") == (8, 0)
+        assert len(await dead_letters(stack.kafka_bootstrap, f"{topic}.dlq", limit=10)) == 2
+        await put(commands, "B", 0)
+        assert await replay(stack.kafka_bootstrap, f"{topic}.dlq", limit=10) == 2
+        async with asyncio.timeout(20):
+            while (await stock(inventory_db, "B"))[0] != 7:
+                await asyncio.sleep(0.05)
+        assert await replay(stack.kafka_bootstrap, f"{topic}.dlq", limit=1) == 1
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+
+
+async def test_busy_waits_and_too_many_dead_letters_stop(stack: Stack, sender: AIOKafkaProducer) -> None:
+    """Busy tries the same messages again; the limit keeps a topic from draining into its dead letters."""
+    topic = new("busy")
+    stack.create_topics(Topic(topic), Topic(f"{topic}.dlq"))
+    for n in range(5):
+        await sender.send_and_wait(topic, json.dumps(n).encode())
+    tries = 0
+
+    async def handle(messages: Sequence[Message]) -> list[Poison | None]:
+        nonlocal tries
+        tries += 1
+        if tries < 3:
+            raise Busy("not yet")
+        return [Poison("no good") for _ in messages]
+
+    consumer = Consumer(
+        stack.kafka_bootstrap,
+        topic,
+        new("group"),
+        f"{topic}.dlq",
+        handle,
+        dlq_messages_max=3,
+    )
+    with pytest.raises(ExceptionGroup) as stopped:
+        await asyncio.wait_for(consumer.run(), 30)
+    assert stopped.group_contains(DeadLetterLimitError)
+    assert tries >= 3
+    assert len(await read(stack, f"{topic}.dlq", 3)) == 3

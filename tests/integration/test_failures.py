@@ -1,0 +1,174 @@
+"""What happens when a part is away: fast, clear answers, and never a wrong one."""
+
+import asyncio
+from datetime import timedelta
+from urllib.parse import urlsplit, urlunsplit
+
+import asyncpg
+import pytest
+import redis.asyncio as redis
+
+from deploy.local.stack import Stack, free_port
+from services.inventory.cache import Ask as Read
+from services.inventory.cache import Cache, Seen
+from services.inventory.commands import Commands as Inventory
+from services.reservation.commands import Commands
+from services.reservation.domain import Ask, Line, Mode
+from services.reservation.inventory import Inventory as InventoryClient
+from shared.channel import open_channel
+from shared.database import Database
+from shared.lock import Lock, run_alone
+from shared.refusal import Refusal
+from tests.e2e.shop import new
+from tests.integration.goods import hold, put
+
+
+async def test_losing_the_database_is_said_at_once(stack: Stack) -> None:
+    """Lost connections and connects to nowhere are DATABASE_UNAVAILABLE; once it is back, work goes on."""
+    real = urlsplit(stack.postgres_dsn("postgres"))
+    writers: list[asyncio.StreamWriter] = []
+
+    async def pipe(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        while data := await source.read(65536):
+            target.write(data)
+        target.close()
+
+    async def accept(source: asyncio.StreamReader, target: asyncio.StreamWriter) -> None:
+        reader, writer = await asyncio.open_connection(real.hostname, real.port)
+        writers.extend((target, writer))
+        await asyncio.gather(pipe(source, writer), pipe(reader, target), return_exceptions=True)
+
+    port = free_port()
+    proxy = await asyncio.start_server(accept, "127.0.0.1", port)
+    dsn = urlunsplit(real._replace(netloc=f"{real.username}@127.0.0.1:{port}"))
+    database = await Database.connect(dsn, name="test", timeout_seconds=2)
+    assert await database.run(lambda connection: connection.fetchval("SELECT 1")) == 1
+    proxy.close()
+    for writer in writers:
+        writer.transport.abort()
+    for _ in range(3):
+        with pytest.raises(Refusal) as refused:
+            async with asyncio.timeout(8):
+                await database.run(lambda connection: connection.fetchval("SELECT 1"))
+        assert refused.value.reason == "DATABASE_UNAVAILABLE"
+    proxy = await asyncio.start_server(accept, "127.0.0.1", port)
+    assert await database.run(lambda connection: connection.fetchval("SELECT 1")) == 1
+    await database.close()
+    proxy.close()
+
+
+async def test_a_deadlock_is_retried(stack: Stack) -> None:
+    """Two transactions that lock in opposite orders both end well."""
+    stack.databases("deadlock")
+    database = await Database.connect(stack.postgres_dsn("deadlock"), name="deadlock")
+    async with database.connection() as connection:
+        await connection.execute("DROP TABLE IF EXISTS pair; CREATE TABLE pair (id int PRIMARY KEY, n int)")
+        await connection.execute("INSERT INTO pair VALUES (1, 0), (2, 0)")
+    both = asyncio.Barrier(2)
+    met: set[int] = set()
+
+    async def swap(first: int, second: int) -> None:
+        async def work(connection: "asyncpg.Connection[asyncpg.Record]") -> None:
+            await connection.execute("UPDATE pair SET n = n + 1 WHERE id = $1", first)
+            if first not in met:
+                met.add(first)
+                await both.wait()
+            await connection.execute("UPDATE pair SET n = n + 1 WHERE id = $1", second)
+
+        await database.run(work)  # type: ignore[arg-type]
+
+    await asyncio.gather(swap(1, 2), swap(2, 1))
+    async with database.connection() as connection:
+        assert await connection.fetchval("SELECT sum(n) FROM pair") == 4
+    await database.close()
+
+
+async def test_inventory_away_is_unavailable_and_nothing_is_stored(stack: Stack) -> None:
+    """Reserve fails with INVENTORY_UNAVAILABLE, and there is no row to be found later."""
+    channel = open_channel(f"ipv4:127.0.0.1:{free_port()}")
+    database = await Database.connect(stack.postgres_dsn("postgres"), name="test")
+    ask = Ask(new(), "", (Line("A", "", 1),), Mode.ALL, timedelta(minutes=1), b"")
+    with pytest.raises(Refusal) as refused:
+        await Commands(database, InventoryClient(channel)).reserve([ask])
+    assert refused.value.reason == "INVENTORY_UNAVAILABLE"
+    await channel.close(None)
+    await database.close()
+
+
+async def test_redis_away_changes_no_answer(inventory_db: Database) -> None:
+    """With Redis nowhere reads come from PostgreSQL; writes notice nothing."""
+    client = redis.Redis.from_url(f"redis://127.0.0.1:{free_port()}", socket_connect_timeout=0.2, retry=None)
+    cache = Cache(inventory_db, client, local_seconds=0, redis_seconds=2, keys_max=10)
+    alone = Inventory(inventory_db, cache)
+    await put(alone, "A", 5)
+    await alone.place([hold(new(), ("A", "MAIN", 2))])
+    (seen,) = await cache.read([Read(("A", "MAIN"))])
+    assert isinstance(seen, Seen)
+    assert (seen.stock.on_hand, seen.stock.held) == (5, 2)
+    await cache.close()
+    await client.aclose()
+
+
+async def test_redis_wiped_under_load_is_never_wrong(
+    commands: Inventory, cache: Cache, redis_client: redis.Redis
+) -> None:
+    """Read-your-writes holds through every wipe: no read is older than the version that it names."""
+    await put(commands, "A", 1000)
+    for n in range(60):
+        (_, seen, _) = await asyncio.gather(
+            commands.place([hold(new(), ("A", "MAIN", 1))]),
+            cache.read([Read(("A", "MAIN"), 1 + n)]),
+            redis_client.flushall(),
+        )
+        assert isinstance(seen[0], Seen)
+        assert seen[0].stock.held == seen[0].stock.version - 1 >= n
+        cache._local.clear()
+
+
+async def test_the_cache_keeps_the_newer_version(commands: Inventory, cache: Cache) -> None:
+    """A late write of an older version changes nothing in Redis."""
+    await put(commands, "A", 5)
+    (old,) = await cache.read([Read(("A", "MAIN"))])
+    await commands.place([hold(new(), ("A", "MAIN", 2))])
+    await cache.close()
+    assert isinstance(old, Seen)
+    cache._behind[old.stock.key] = old
+    await cache._write_behind()
+    cache._local.clear()
+    (seen,) = await cache.read([Read(("A", "MAIN"))])
+    assert isinstance(seen, Seen)
+    assert seen.stock.version == old.stock.version + 1
+
+
+async def test_the_lock_has_one_holder_and_growing_tokens(redis_client: redis.Redis) -> None:
+    """Taken once, renewed by its holder alone, passed on with a higher token."""
+    first = Lock(redis_client, "job", ttl_seconds=5)
+    second = Lock(redis_client, "job", ttl_seconds=5)
+    token = await first.take()
+    assert token
+    assert not await second.take()
+    assert await first.renew()
+    assert not await second.renew()
+    await second.release()
+    assert await first.renew()
+    await first.release()
+    assert await second.take() > token
+
+
+async def test_lost_work_is_cancelled_and_taken_up_elsewhere(redis_client: redis.Redis) -> None:
+    """When the lock vanishes its holder stops; someone works again, with a higher token."""
+    tokens: asyncio.Queue[int] = asyncio.Queue()
+
+    async def work(token: int) -> None:
+        tokens.put_nowait(token)
+        await asyncio.Event().wait()
+
+    pods = [asyncio.ensure_future(run_alone(redis_client, "work", work, ttl_seconds=0.15)) for _ in range(2)]
+    try:
+        first = await asyncio.wait_for(tokens.get(), 5)
+        await redis_client.delete("lock:{work}")
+        assert await asyncio.wait_for(tokens.get(), 5) > first
+    finally:
+        for pod in pods:
+            pod.cancel()
+        await asyncio.wait(pods)

@@ -1,0 +1,107 @@
+"""Micro-batching: order, bounds, and what becomes of those who leave or come too late."""
+
+import asyncio
+from collections.abc import Sequence
+
+import pytest
+
+from shared.batching import Batcher
+from shared.refusal import Refusal
+
+
+class Work:
+    """A handler that can be held up, and remembers its batches."""
+
+    def __init__(self) -> None:
+        self.batches: list[list[int]] = []
+        self.go = asyncio.Event()
+        self.running = 0
+        self.most = 0
+
+    async def handle(self, items: Sequence[int]) -> list[int | Exception]:
+        self.batches.append(list(items))
+        self.running += 1
+        self.most = max(self.most, self.running)
+        await self.go.wait()
+        self.running -= 1
+        return [ValueError(item) if item < 0 else item * 10 for item in items]
+
+
+async def started(work: Work, batches: int = 1) -> None:
+    async with asyncio.timeout(5):
+        while len(work.batches) < batches:
+            await asyncio.sleep(0)
+
+
+async def test_while_one_batch_is_in_flight_the_next_gathers() -> None:
+    """One batch at a time; what came meanwhile is the next, in order of arrival, bounded in items and lines."""
+    work = Work()
+    batcher = Batcher("test", work.handle, batch_items_max=3, batch_lines_max=4)
+    tasks = [asyncio.ensure_future(batcher.submit(0))]
+    await started(work)
+    tasks += [asyncio.ensure_future(batcher.submit(n, lines=3 if n == 6 else 1)) for n in range(1, 7)]
+    await asyncio.sleep(0)
+    work.go.set()
+    assert list(await asyncio.gather(*tasks)) == [n * 10 for n in range(7)]
+    assert work.batches == [[0], [1, 2, 3], [4, 5], [6]]
+    assert work.most == 1
+
+
+async def test_a_full_queue_refuses_at_once() -> None:
+    """OVERLOADED by items and by bytes, with the queue's name and limit; what waits is not harmed."""
+    work = Work()
+    batcher = Batcher("test", work.handle, queue_items_max=2, queue_bytes_max=100)
+    first = asyncio.ensure_future(batcher.submit(0))
+    await started(work)
+    second = asyncio.ensure_future(batcher.submit(1, size_bytes=60))
+    await asyncio.sleep(0)
+    with pytest.raises(Refusal) as large:
+        await batcher.submit(2, size_bytes=60)
+    third = asyncio.ensure_future(batcher.submit(3))
+    await asyncio.sleep(0)
+    with pytest.raises(Refusal) as many:
+        await batcher.submit(4)
+    assert large.value.reason == many.value.reason == "OVERLOADED"
+    assert many.value.metadata == {"queue": "test", "limit": "2"}
+    work.go.set()
+    assert list(await asyncio.gather(first, second, third)) == [0, 10, 30]
+
+
+async def test_who_is_late_or_gone_costs_nothing() -> None:
+    """A passed deadline is refused and a cancelled caller dropped, both before the work begins."""
+    work = Work()
+    batcher = Batcher("test", work.handle)
+    first = asyncio.ensure_future(batcher.submit(0))
+    await started(work)
+    late = asyncio.ensure_future(batcher.submit(1, seconds_left=0))
+    gone = asyncio.ensure_future(batcher.submit(2))
+    good = asyncio.ensure_future(batcher.submit(3, seconds_left=60))
+    await asyncio.sleep(0)
+    gone.cancel()
+    work.go.set()
+    assert list(await asyncio.gather(first, good)) == [0, 30]
+    with pytest.raises(Refusal) as refused:
+        await late
+    assert refused.value.reason == "DEADLINE_PASSED"
+    assert work.batches == [[0], [3]]
+
+
+async def test_one_bad_item_harms_no_other() -> None:
+    """An item's exception is its caller's alone; a batch's is everyone's, and the next batch goes on."""
+    work = Work()
+    work.go.set()
+    batcher = Batcher("test", work.handle)
+    good, bad = await asyncio.gather(batcher.submit(1), batcher.submit(-1), return_exceptions=True)
+    assert good == 10
+    assert isinstance(bad, ValueError)
+    handle, work_handle = work.handle, OSError("away")
+
+    async def broken(_items: Sequence[int]) -> list[int | Exception]:
+        raise work_handle
+
+    batcher.handle = broken
+    both = await asyncio.gather(batcher.submit(1), batcher.submit(2), return_exceptions=True)
+    assert list(both) == [work_handle] * 2
+    batcher.handle = handle
+    assert await batcher.submit(3) == 30
+    await batcher.close()
