@@ -73,3 +73,24 @@ async def holdfast(pods: Supervisor) -> AsyncIterator[Holdfast]:
     """A client of both services, balanced over their pods."""
     async with Holdfast(pods.targets["inventory"], pods.targets["reservation"]) as client:
         yield client
+
+
+@pytest.fixture(scope="session")
+async def reservation_dsn(stack: Stack) -> str:
+    """A migrated reservation database."""
+    dsn = stack.postgres_dsn("reservation_test")
+    stack.databases("reservation_test")
+    await migrate(dsn, "reservation")
+    return dsn
+
+
+@pytest.fixture
+async def reservation_db(reservation_dsn: str) -> AsyncIterator[Database]:
+    """The reservation database, emptied."""
+    database = await Database.connect(reservation_dsn, name="test", connections_max=20)
+    async with database.connection() as connection:
+        await connection.execute(
+            "TRUNCATE reservation, reservation_line, allocation, reservation_change, outbox CASCADE"
+        )
+    yield database
+    await database.close()

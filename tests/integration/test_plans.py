@@ -1,0 +1,96 @@
+"""The hot statements stay on their indexes, in key order, on tables of real size."""
+
+import pytest
+
+from services.inventory import store as inventory
+from services.reservation import store as reservation
+from shared import outbox
+from shared.database import Database
+
+ROWS = 200_000
+KEYS = "array['S000100', 'S000200'], array['MAIN', 'MAIN']"
+IDS = "array['S000100', 'S000200'], array['h100', 'h200']"
+
+SCENE = (
+    "INSERT INTO location VALUES ('MAIN', 'Main', 0)",
+    "INSERT INTO sku SELECT 'S' || lpad(n::text, 6, '0'), '', '', '', '', 0 FROM generate_series(1, $1) n",
+    """
+    INSERT INTO stock (sku, location, on_hand, held)
+    SELECT 'S' || lpad(n::text, 6, '0'), 'MAIN', 10, 1 FROM generate_series(1, $1) n
+    """,
+    """
+    INSERT INTO hold (sku, hold_id, slot, location, quantity, held, fingerprint, created_at, expires_at)
+    SELECT 'S' || lpad(n::text, 6, '0'), 'h' || n, 0, 'MAIN', 1, 1, '', now(), now() + interval '1 hour'
+    FROM generate_series(1, $1) n
+    """,
+)
+
+
+@pytest.fixture
+async def large(inventory_db: Database) -> Database:
+    """200,000 SKUs, each with a hold."""
+    async with inventory_db.connection() as connection:
+        for statement in SCENE:
+            await connection.execute(statement, *([ROWS] if "$1" in statement else []))
+        await connection.execute("ANALYZE")
+    return inventory_db
+
+
+HOT = {
+    "TAKE": f"{KEYS}, array[1, 1], array[1, 1]",
+    "LOCK": KEYS,
+    "READ_STOCK": KEYS,
+    "READ_HOLDS": IDS,
+    "MOVE_HOLDS": f"{IDS}, array[0, 0], array[1, 1], array[0, 0], array[0, 0]",
+    "READ_CHANGES": f"{IDS}, array['r', 'r']",
+    "READ_REQUESTS": "array['S000100', 'S000200'], array['r', 'r']",
+    "EXPIRED_ON_KEYS": f"{KEYS}, now()",
+    "EXPIRED": "100",
+    "NEXT_EXPIRY": KEYS,
+    "SOURCES": "array['S000100', 'S000200']",
+    "MOVEMENTS_AFTER": f"{KEYS}, array[1, 1], 10",
+}
+
+
+async def test_inventory_reads_and_writes_by_index(large: Database) -> None:
+    """No hot statement of inventory scans a table, for two keys or as its general plan."""
+    for name, arguments in HOT.items():
+        await assert_by_index(large, getattr(inventory, name), arguments)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments"),
+    [
+        ("READ_RESERVATIONS", "array['a', 'b']"),
+        ("READ_LINES", "array['a', 'b']"),
+        ("READ_ALLOCATIONS", "array['a', 'b']"),
+        ("READ_CHANGES", "array['a', 'b'], array['r', 'r']"),
+        ("LOCK", "array['a', 'b']"),
+        ("MOVE", "array['a'], array['A'], array['X'], array[1], array[0], array[0]"),
+        ("PENDING_CHANGES", "interval '5 s', 10"),
+        ("DUE", "10"),
+    ],
+)
+async def test_reservation_reads_and_writes_by_index(reservation_db: Database, name: str, arguments: str) -> None:
+    """No hot statement of reservation scans a table."""
+    await assert_by_index(reservation_db, getattr(reservation, name), arguments)
+
+
+async def test_the_relay_reads_and_deletes_by_index(inventory_db: Database) -> None:
+    """The oldest events by id, what was sent by key and id."""
+    await assert_by_index(inventory_db, outbox.PEEK, "10")
+    await assert_by_index(inventory_db, outbox.DELETE, "array['k'], array[1]")
+
+
+async def assert_by_index(database: Database, statement: str, arguments: str) -> None:
+    async with database.connection() as connection:
+        for mode in ("force_custom_plan", "force_generic_plan"):
+            await connection.execute(f"SET plan_cache_mode = {mode}")
+            await connection.execute(f"PREPARE hot AS {statement}")
+            rows = await connection.fetch(f"EXPLAIN EXECUTE hot ({arguments})")
+            await connection.execute("DEALLOCATE hot")
+            plan = "\n".join(row[0] for row in rows)
+            assert "Seq Scan" not in plan, plan
+            assert "Hash Join" not in plan, plan
+            assert "Merge Join" not in plan, plan
+        await connection.execute("RESET plan_cache_mode")
