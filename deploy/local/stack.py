@@ -396,6 +396,7 @@ class Stack:
         finally:
             if process.poll() is None:
                 process.kill()
+                process.wait()
         if process.returncode:
             raise StackError(f"{what} failed; its last lines:\n{tail(log)}")
 

@@ -196,7 +196,7 @@ def test_a_machine_without_a_fit_java_is_told_in_one_line_before_anything_starts
 
 def test_a_start_that_fails_leaves_nothing_running(root: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """One server that cannot start ends the others, and the message shows its last lines."""
-    monkeypatch.setattr("deploy.local.stack._KAFKA_PROPERTIES", "this.is=not a broker\n")
+    monkeypatch.setattr("deploy.local.stack._kafka_properties", lambda *_: "this.is=not a broker\n")
     before = set(psutil.Process().children(recursive=True))
     with pytest.raises(StackError, match="Kafka"):
         Stack(root).start()
