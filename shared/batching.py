@@ -79,6 +79,7 @@ class Batcher(Generic[Item, Result]):
         while batch := self._take():
             try:
                 results = await self.handle([waiting.item for waiting in batch])
+                assert len(results) == len(batch), f"{self.name}: not one result for each item"
             except Exception as error:  # noqa: BLE001 - raised again to each caller
                 results = [error] * len(batch)
             for waiting, result in zip(batch, results, strict=True):

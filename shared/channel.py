@@ -1,6 +1,7 @@
 """Channels to a service's pods: balanced by the client, with deadlines, retries and keepalive.
 
-A headless service's name resolves to every ready pod; `round_robin` spreads calls over them. Names are
+A headless service's name resolves to every ready pod; `round_robin` spreads calls over those whose
+health, which it watches, is SERVING: a pod that stops is left before it closes (`shared.server`). Names are
 resolved again when a connection ends, which the server makes happen every few minutes
 (`connection_age_seconds_max`), so new pods are found while old connections are healthy. Only
 UNAVAILABLE is retried, with backoff and jitter, and every write carries an id that makes that safe.
@@ -16,6 +17,7 @@ MESSAGE_BYTES_MAX = 16 << 20
 
 _SERVICE_CONFIG = {
     "loadBalancingConfig": [{"round_robin": {}}],
+    "healthCheckConfig": {"serviceName": ""},
     "methodConfig": [
         {
             "name": [{}],

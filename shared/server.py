@@ -1,12 +1,21 @@
 """The gRPC server of a pod: errors mapped, health and reflection served, stopped without losing a call.
 
-On SIGTERM or SIGINT health turns to NOT_SERVING, connections are told to go away, calls in flight get
-`drain_seconds_max` to finish, then the workers stop and the process exits with 0. A client that retries
-UNAVAILABLE sees nothing of it.
+On SIGTERM or SIGINT:
+
+1. Health turns to NOT_SERVING. Clients that watch it (`shared.channel` does) take the pod out of their
+   rotation at once; calls that still come are served, until none has come for QUIET_SECONDS or
+   LAME_DUCK_SECONDS_MAX are over. Without this step gRPC would cancel the calls that had arrived and not
+   been accepted yet, and a client cannot tell that from its own cancelling (grpc/grpc#41785).
+2. Streams end with UNAVAILABLE (STOPPING): their callers open them again on another pod. Calls in flight
+   get what is left of `drain_seconds_max`, and then the same answer.
+3. The connections are told to go away, the workers stop, and the process exits with 0.
+
+A client that watches health and retries UNAVAILABLE sees nothing of it.
 """
 
 import asyncio
 import signal
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -23,6 +32,9 @@ from shared.refusal import Refusal
 from shared.settings import Settings
 
 POD_KEY = "holdfast-pod"
+QUIET_SECONDS = 0.3
+LAME_DUCK_SECONDS_MAX = 3.0
+CLOSE_SECONDS_MAX = 2.0
 log = structlog.get_logger(__name__)
 Server = grpc.aio.Server
 if TYPE_CHECKING:
@@ -35,11 +47,32 @@ else:
 
 
 class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # not generic at run time
-    """Turns refusals into statuses, everything else into INTERNAL, and names the pod in each answer."""
+    """Turns refusals into statuses, everything else into INTERNAL, and names the pod in each answer.
+
+    Knows the calls under way, and can end them (`drain`).
+    """
 
     def __init__(self, errors: ErrorMap, pod: str) -> None:
         self._errors = errors
         self._pod = ((POD_KEY, pod),)
+        self._calls: set[asyncio.Task[Any]] = set()
+        self._waiting_streams: set[asyncio.Task[Any]] = set()
+        self._last_call = 0.0
+        self._stopping = False
+
+    async def drain(self, seconds_max: float) -> None:
+        """Wait until no call comes any more and none is under way; end streams, and what takes too long."""
+        began = time.monotonic()
+        lame_duck_until = began + min(LAME_DUCK_SECONDS_MAX, seconds_max)
+        while (now := time.monotonic()) < lame_duck_until and now - max(self._last_call, began) < QUIET_SECONDS:
+            await asyncio.sleep(QUIET_SECONDS / 10)
+        self._stopping = True
+        for stream in self._waiting_streams:
+            stream.cancel()
+        if self._calls:
+            await asyncio.wait(self._calls, timeout=max(0, began + seconds_max - time.monotonic()))
+        for call in self._calls:
+            call.cancel()
 
     async def intercept_service(
         self,
@@ -67,31 +100,55 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # not generic 
 
     def _unary(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Any:
         async def call(request: Any, context: Context) -> Any:
+            task = _task()
+            self._calls.add(task)
+            self._last_call = time.monotonic()
             try:
+                self._go_on()
                 response = await behaviour(request, context)
-            except Exception as error:  # noqa: BLE001 - the one place that maps them all
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the one place that maps them all
                 await self._abort(error, context)
             else:
                 context.set_trailing_metadata(self._pod)
                 return response
+            finally:
+                self._calls.discard(task)
 
         return call
 
     def _stream(self, behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
+            task = _task()
+            self._waiting_streams.add(task)
+            self._last_call = time.monotonic()
             try:
+                self._go_on()
                 async for response in behaviour(request, context):
+                    self._waiting_streams.discard(task)
                     yield response
-            except Exception as error:  # noqa: BLE001 - as above
+                    self._waiting_streams.add(task)
+                    self._go_on()
+            except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
                 await self._abort(error, context)
             else:
                 context.set_trailing_metadata(self._pod)
+            finally:
+                self._waiting_streams.discard(task)
 
         return call
 
-    async def _abort(self, error: Exception, context: Context) -> None:
+    def _go_on(self) -> None:
+        if self._stopping:
+            raise _stopping()
+
+    async def _abort(self, error: BaseException, context: Context) -> None:
         if isinstance(error, grpc.aio.AbortError):
             raise error
+        if isinstance(error, asyncio.CancelledError):
+            if not self._stopping:
+                raise error
+            _task().uncancel()
+            error = _stopping()
         if isinstance(error, Refusal):
             details = ((DETAILS_KEY, self._errors.details(error)), *self._pod)
             await context.abort(self._errors.code(error), error.message, details)
@@ -99,15 +156,26 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # not generic 
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; it is in the log of the pod", self._pod)
 
 
+def _stopping() -> Refusal:
+    return Refusal("STOPPING", "the pod is stopping; try again with the same request")
+
+
+def _task() -> asyncio.Task[Any]:
+    task = asyncio.current_task()
+    assert task is not None
+    return task
+
+
 def build(
     settings: Settings,
     errors: ErrorMap,
     register: Callable[[grpc.aio.Server], None],
     services: Sequence[str],
-) -> tuple[Server, HealthServicer]:
+) -> tuple[Server, Edge, HealthServicer]:
     """A server with the API that `register` adds, health (NOT_SERVING yet) and reflection."""
+    edge = Edge(errors, settings.pod)
     server = grpc.aio.server(
-        interceptors=[Edge(errors, settings.pod)],
+        interceptors=[edge],
         options=[
             ("grpc.so_reuseport", 0),
             ("grpc.max_connection_age_ms", settings.connection_age_seconds_max * 1000),
@@ -124,10 +192,12 @@ def build(
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
     reflection.enable_server_reflection((*services, HEALTH_NAME, reflection.SERVICE_NAME), server)
     server.add_insecure_port(settings.listen)
-    return server, checks
+    return server, edge, checks
 
 
-async def serve(server: grpc.aio.Server, checks: HealthServicer, services: Sequence[str], drain_seconds: float) -> None:
+async def serve(
+    server: grpc.aio.Server, edge: Edge, checks: HealthServicer, services: Sequence[str], drain_seconds: float
+) -> None:
     """Serve until SIGTERM or SIGINT, then drain."""
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
@@ -140,5 +210,6 @@ async def serve(server: grpc.aio.Server, checks: HealthServicer, services: Seque
     await stop.wait()
     log.info("draining", seconds_max=drain_seconds)
     await checks.enter_graceful_shutdown()
-    await server.stop(drain_seconds)
+    await edge.drain(drain_seconds)
+    await server.stop(CLOSE_SECONDS_MAX)
     log.info("stopped")

@@ -44,8 +44,8 @@ async def run(settings: Settings, role: str) -> None:
     if role in {"worker", "all"}:
         workers = asyncio.create_task(Workers(settings, database, commands, client).run())
     try:
-        listening, checks = server.build(settings, ERRORS, register, services)
-        await server.serve(listening, checks, services, settings.drain_seconds_max)
+        listening, edge, checks = server.build(settings, ERRORS, register, services)
+        await server.serve(listening, edge, checks, services, settings.drain_seconds_max)
     finally:
         if workers:
             workers.cancel()

@@ -41,6 +41,7 @@ ERRORS = ErrorMap(
         Reason.DATABASE_UNAVAILABLE: _CODES.UNAVAILABLE,
         Reason.INVENTORY_UNAVAILABLE: _CODES.UNAVAILABLE,
         Reason.DEADLINE_PASSED: _CODES.DEADLINE_EXCEEDED,
+        Reason.STOPPING: _CODES.UNAVAILABLE,
         Reason.LINE_NOT_FOUND: _CODES.NOT_FOUND,
     },
 )
@@ -77,14 +78,16 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
         room = asyncio.Semaphore(self._settings.stream_items_max)
 
         async def read() -> None:
-            async for item in request:
-                await room.acquire()
-                task = asyncio.ensure_future(self._result(item.request, "request", context))
-                task.add_done_callback(answers.put_nowait)
-                running.add(task)
-            if running:
-                await asyncio.wait(running)
-            answers.put_nowait(None)
+            try:
+                async for item in request:
+                    await room.acquire()
+                    task = asyncio.ensure_future(self._result(item.request, "request", context))
+                    task.add_done_callback(answers.put_nowait)
+                    running.add(task)
+                if running:
+                    await asyncio.wait(running)
+            finally:
+                answers.put_nowait(None)
 
         running: set[asyncio.Task[pb.ReserveResult]] = set()
         reader = asyncio.ensure_future(read())

@@ -26,8 +26,8 @@ from tests.e2e.shop import goods, location, new
 
 BIG = 10**12 + 1
 RECEIVE, SHIP, COUNT = ip.ADJUSTMENT_REASON_RECEIVE, ip.ADJUSTMENT_REASON_SHIP, ip.ADJUSTMENT_REASON_COUNT
-# What no request alone can bring about; tests/integration/test_failures.py does.
-BY_FAILURE = {"OVERLOADED", "DATABASE_UNAVAILABLE", "DEADLINE_PASSED", "INVENTORY_UNAVAILABLE"}
+# What no request alone can bring about; test_failures.py, test_batching.py and test_stopping.py do.
+BY_FAILURE = {"OVERLOADED", "DATABASE_UNAVAILABLE", "DEADLINE_PASSED", "INVENTORY_UNAVAILABLE", "STOPPING"}
 
 
 async def refused(call: Awaitable[Any], errors: ErrorMap) -> str:

@@ -9,7 +9,6 @@ import pytest
 from holdfast.inventory.v1 import inventory_pb2 as ip
 from holdfast.reservation.v1 import reservation_pb2 as rp
 
-from deploy.local.supervisor import Supervisor
 from shared.client import Holdfast
 from shared.refusal import Refusal
 from tests.e2e.shop import goods, new, stock
@@ -27,10 +26,17 @@ async def until(condition: Callable[[], Awaitable[bool]], seconds: float = 15) -
 async def test_calls_reach_both_pods_of_each_service(holdfast: Holdfast) -> None:
     """The client spreads calls over every pod, and reservation spreads its own."""
     sku = await goods(holdfast, 1000)
+
+    async def all_connected() -> bool:
+        await holdfast.reserve(new(), [(sku, "", 1)])
+        await holdfast.availability([(sku, "MAIN")])
+        return set(holdfast.pods) == {"inventory-0", "inventory-1", "reservation-0", "reservation-1"}
+
+    await until(all_connected)
+    holdfast.pods.clear()
     await asyncio.gather(*(holdfast.reserve(new(), [(sku, "", 1)]) for _ in range(40)))
     await asyncio.gather(*(holdfast.availability([(sku, "MAIN")]) for _ in range(40)))
-    assert set(holdfast.pods) == {"inventory-0", "inventory-1", "reservation-0", "reservation-1"}
-    assert min(holdfast.pods[f"reservation-{n}"] for n in (0, 1)) > 10
+    assert set(holdfast.pods.values()) == {20}
 
 
 async def test_the_last_units_are_reserved_once(holdfast: Holdfast) -> None:
@@ -161,29 +167,3 @@ async def test_lists_filter_and_page(holdfast: Holdfast) -> None:
     with pytest.raises(Refusal) as refused:
         await holdfast._call(holdfast.reservation.ListReservations(request))
     assert refused.value.reason == "PAGE_TOKEN_INVALID"
-
-
-async def test_stopping_a_pod_under_load_fails_no_call(holdfast: Holdfast, pods: Supervisor) -> None:
-    """Each pod in turn gets SIGTERM and starts again while calls go on: every call is answered."""
-    sku = await goods(holdfast, 1_000_000)
-    stop = asyncio.Event()
-    made = 0
-
-    async def shopper() -> None:
-        nonlocal made
-        while not stop.is_set():
-            name = new()
-            assert (await holdfast.reserve(name, [(sku, "MAIN", 1)])).outcome == HELD
-            await holdfast.confirm(name, "c")
-            made += 1
-
-    shoppers = [asyncio.ensure_future(shopper()) for _ in range(8)]
-    try:
-        for name in ("reservation-0", "inventory-0", "reservation-1", "inventory-1"):
-            await asyncio.to_thread(pods.restart, pods.pod(name))
-    finally:
-        stop.set()
-        await asyncio.gather(*shoppers)
-    assert made > 50
-    seen = await stock(holdfast, sku, min_version=2 * made + 1)
-    assert (seen.on_hand, seen.held) == (1_000_000 - made, 0)
