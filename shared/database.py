@@ -41,7 +41,8 @@ PLANNER = {
     "enable_bitmapscan": "off",
     "jit": "off",
 }
-RETRIED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError)
+# A unique violation means that the same id was inserted at the same time elsewhere: the next attempt finds it.
+RETRIED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.UniqueViolationError)
 UNAVAILABLE = (
     OSError,
     TimeoutError,
@@ -96,8 +97,8 @@ class Database:
     async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run `work` in one transaction and commit it; what it raises rolls it back.
 
-        Deadlocks and serialization failures start it again, at most ATTEMPTS_MAX times with a little
-        jitter; then it is refused as DATABASE_UNAVAILABLE, which clients retry.
+        Deadlocks, serialization failures and unique violations start it again, at most ATTEMPTS_MAX
+        times with a little jitter; then it is refused as DATABASE_UNAVAILABLE, which clients retry.
         """
         for attempt in range(ATTEMPTS_MAX):
             try:

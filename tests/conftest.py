@@ -36,7 +36,9 @@ async def inventory_db(inventory_dsn: str) -> AsyncIterator[Database]:
     """The inventory database, emptied."""
     database = await Database.connect(inventory_dsn, name="test", connections_max=40)
     async with database.connection() as connection:
-        await connection.execute("TRUNCATE location, sku, stock, hold, hold_change, request, movement, outbox CASCADE")
+        await connection.execute(
+            "TRUNCATE location, sku, stock, hold, hold_change, request, movement, checkpoint, outbox CASCADE"
+        )
     yield database
     await database.close()
 

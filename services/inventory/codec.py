@@ -1,11 +1,8 @@
 """Between the domain's data and the wire's: answers, events, and nothing else."""
 
-import hashlib
 from collections.abc import Iterable
 from datetime import datetime
 
-from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from holdfast.inventory.v1 import error_reason_pb2, events_pb2, inventory_pb2
 
 from services.inventory import domain
@@ -13,6 +10,7 @@ from shared.database import Record
 from shared.errors import ErrorMap
 from shared.outbox import Event
 from shared.refusal import Refusal
+from shared.wire import timestamp
 
 MOVEMENTS_TOPIC = "holdfast.inventory.movements.v1"
 CATALOG_TOPIC = "holdfast.inventory.catalog.v1"
@@ -20,17 +18,6 @@ COMMANDS_TOPIC = "holdfast.inventory.commands.v1"
 
 _KINDS = {kind: inventory_pb2.MovementKind.Value(f"MOVEMENT_KIND_{kind}") for kind in domain.Kind}
 _REASONS = {reason.value: error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}") for reason in domain.Reason}
-
-
-def fingerprint(message: Message) -> bytes:
-    """Tells whether two requests have the same content."""
-    return hashlib.blake2b(message.SerializeToString(deterministic=True), digest_size=16).digest()
-
-
-def timestamp(time: datetime) -> Timestamp:
-    value = Timestamp()
-    value.FromDatetime(time)
-    return value
 
 
 def reason(refusal: Refusal) -> error_reason_pb2.ErrorReason.ValueType:

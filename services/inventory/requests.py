@@ -6,7 +6,6 @@ from google.protobuf.field_mask_pb2 import FieldMask
 from google.protobuf.message import Message
 from holdfast.inventory.v1 import inventory_pb2
 
-from services.inventory import codec
 from services.inventory.domain import (
     Adjustment,
     Change,
@@ -22,6 +21,7 @@ from services.inventory.domain import (
 )
 from shared import check
 from shared.refusal import Refusal
+from shared.wire import fingerprint
 
 BATCH_ITEMS_MAX = 1_000
 BATCH_LINES_MAX = 10_000
@@ -107,7 +107,7 @@ def adjustment(value: inventory_pb2.StockAdjustment, field: str, request_id: str
         allow_short=value.allow_short,
         reference=check.text(value.reference, f"{field}.reference", 200),
         expected_version=_version(value.expected_version, f"{field}.expected_version"),
-        fingerprint=codec.fingerprint(value),
+        fingerprint=fingerprint(value),
     )
 
 
@@ -120,7 +120,7 @@ def policy(value: inventory_pb2.SetStockPolicyRequest) -> Adjustment:
         safety_stock=check.quantity(value.safety_stock, "safety_stock", least=0),
         backorder_limit=check.quantity(value.backorder_limit, "backorder_limit", least=0),
         expected_version=_version(value.expected_version, "expected_version"),
-        fingerprint=codec.fingerprint(value),
+        fingerprint=fingerprint(value),
     )
 
 
@@ -150,7 +150,7 @@ def hold(value: inventory_pb2.HoldRequest, field: str) -> HoldRequest:
         summed,
         mode,
         check.ttl(value.ttl, f"{field}.ttl"),
-        codec.fingerprint(value),
+        fingerprint(value),
     )
 
 
@@ -185,7 +185,7 @@ def hold_extension(value: inventory_pb2.HoldExtension, field: str) -> HoldChange
 
 
 def _kind_fingerprint(value: Message, kind: Kind) -> bytes:
-    return kind.value.encode() + codec.fingerprint(value)
+    return kind.value.encode() + fingerprint(value)
 
 
 def _version(value: int, field: str) -> int | None:
@@ -259,5 +259,5 @@ def _import_row(value: inventory_pb2.ImportRow, seen: set[int]) -> ImportRow:
         check.quantity(value.quantity, "quantity", least=0),
         check.quantity(value.safety_stock, "safety_stock", least=0),
         check.quantity(value.backorder_limit, "backorder_limit", least=0),
-        codec.fingerprint(value),
+        fingerprint(value),
     )

@@ -29,6 +29,7 @@ from shared.database import Database
 from shared.errors import ErrorMap
 from shared.refusal import Refusal
 from shared.server import Context
+from shared.wire import fingerprint, timestamp
 
 _CODES = grpc.StatusCode
 ERRORS = ErrorMap(
@@ -61,6 +62,7 @@ ERRORS = ErrorMap(
         Reason.OVERLOADED: _CODES.RESOURCE_EXHAUSTED,
         Reason.DATABASE_UNAVAILABLE: _CODES.UNAVAILABLE,
         Reason.DEADLINE_PASSED: _CODES.DEADLINE_EXCEEDED,
+        Reason.STOPPING: _CODES.UNAVAILABLE,
     },
 )
 
@@ -91,7 +93,7 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
     async def CreateSku(self, request: pb.CreateSkuRequest, context: Context) -> pb.CreateSkuResponse:
         request_id = check.code(request.request_id, "request_id")
         fields = requests.sku_fields(request.sku)
-        return await self._commands.create_sku(request_id, codec.fingerprint(request), fields)
+        return await self._commands.create_sku(request_id, fingerprint(request), fields)
 
     async def GetSku(self, request: pb.GetSkuRequest, context: Context) -> pb.GetSkuResponse:
         sku = check.code(request.sku, "sku")
@@ -127,19 +129,19 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
         new: dict[str, object] = {path: values[path] for path in mask if path in values}
         if "unit_price" in mask:
             new |= {"currency_code": currency_code, "price_micros": price_micros}
-        etag, content = requests.etag(request.sku.etag), codec.fingerprint(request)
+        etag, content = requests.etag(request.sku.etag), fingerprint(request)
         return await self._commands.update_sku(sku, request_id, content, etag, new, pb.UpdateSkuResponse)
 
     async def ArchiveSku(self, request: pb.ArchiveSkuRequest, context: Context) -> pb.ArchiveSkuResponse:
         request_id, sku = check.code(request.request_id, "request_id"), check.code(request.sku, "sku")
-        etag, content = requests.etag(request.etag), codec.fingerprint(request)
+        etag, content = requests.etag(request.etag), fingerprint(request)
         new: dict[str, object] = {"active": False}
         return await self._commands.update_sku(sku, request_id, content, etag, new, pb.ArchiveSkuResponse)
 
     async def CreateLocation(self, request: pb.CreateLocationRequest, context: Context) -> pb.CreateLocationResponse:
         request_id = check.code(request.request_id, "request_id")
         fields = requests.location_fields(request.location)
-        return await self._commands.create_location(request_id, codec.fingerprint(request), fields)
+        return await self._commands.create_location(request_id, fingerprint(request), fields)
 
     async def GetLocation(self, request: pb.GetLocationRequest, context: Context) -> pb.GetLocationResponse:
         location = check.code(request.location, "location")
@@ -168,13 +170,13 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
         new: dict[str, object] = {
             path: value for path, value in (("name", name), ("priority", priority)) if path in mask
         }
-        etag, content = requests.etag(request.location.etag), codec.fingerprint(request)
+        etag, content = requests.etag(request.location.etag), fingerprint(request)
         return await self._commands.update_location(location, request_id, content, etag, new, pb.UpdateLocationResponse)
 
     async def ArchiveLocation(self, request: pb.ArchiveLocationRequest, context: Context) -> pb.ArchiveLocationResponse:
         request_id = check.code(request.request_id, "request_id")
         location = check.code(request.location, "location")
-        etag, content = requests.etag(request.etag), codec.fingerprint(request)
+        etag, content = requests.etag(request.etag), fingerprint(request)
         return await self._commands.update_location(
             location, request_id, content, etag, {"active": False}, pb.ArchiveLocationResponse
         )
@@ -209,7 +211,7 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
     ) -> pb.ImportStockResponse:
         request_id, dry_run, rows, errors = await requests.import_stream(request)
         good = [row for row in rows if isinstance(row, ImportRow)]
-        errors += await self._commands.check_import(good)
+        errors += await self._commands.check_import(request_id, good)
         response = pb.ImportStockResponse(
             rows_read=len(rows), errors=[codec.import_error(*error) for error in sorted(errors, key=_row)]
         )
@@ -309,7 +311,7 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
                 backorder_limit=row["backorder_limit"],
                 short=row["short"],
                 available=row["available"],
-                as_of=codec.timestamp(row["time"]),
+                as_of=timestamp(row["time"]),
             )
             for sku, row in rows.items()
         }

@@ -93,7 +93,7 @@ SELECT asked.location, location.active FROM unnest($1::text[]) AS asked (locatio
   LEFT JOIN location ON location.location = asked.location
 WHERE location.active IS NOT TRUE
 """
-# A known hold does not come back in the count: its first outcome stands.
+# A hold that is known fails the insert, and with it the attempt: the next one finds its first outcome.
 INSERT_HOLDS = """
 INSERT INTO hold (sku, hold_id, slot, location, quantity, held, fingerprint, expires_at, short_lines,
                   created_at)
@@ -101,7 +101,6 @@ SELECT sku, hold_id, slot, location, quantity, quantity, fingerprint, expires_at
 FROM unnest($1::text[], $2::text[], $3::smallint[], $4::text[], $5::bigint[], $6::bytea[],
             $7::timestamptz[], $8::text[])
   AS new (sku, hold_id, slot, location, quantity, fingerprint, expires_at, short_lines)
-ON CONFLICT DO NOTHING
 """
 READ_HOLDS = """
 SELECT hold.* FROM unnest($1::text[], $2::text[]) AS asked (sku, hold_id)
@@ -188,16 +187,38 @@ SELECT movement.* FROM unnest($1::text[], $2::text[], $3::bigint[]) AS known (sk
       AND movement.version > known.version ORDER BY movement.version LIMIT $4
   ) AS movement
 """
-# Ledger against counters against holds, for the next keys in order, in one snapshot.
-DRIFT = """
-SELECT stock.sku, stock.location,
-       on_hand - (SELECT coalesce(sum(on_hand_delta), 0) FROM movement
-                  WHERE movement.sku = stock.sku AND movement.location = stock.location) AS on_hand_drift,
-       held - (SELECT coalesce(sum(held_delta), 0) FROM movement
-               WHERE movement.sku = stock.sku AND movement.location = stock.location) AS held_drift,
-       held - (SELECT coalesce(sum(hold.held), 0) FROM hold
-               WHERE hold.sku = stock.sku AND hold.location = stock.location AND hold.held > 0) AS hold_drift
-FROM stock WHERE (stock.sku, stock.location) > ($1, $2) ORDER BY stock.sku, stock.location LIMIT $3
+# Counters less what the ledger and the open holds come to, for the next keys that have moved since their
+# checkpoint, in one snapshot. Only movements after the checkpoint are read, so that the cost follows what
+# has happened since and not the length of history. All zero is as it must be.
+BALANCE = """
+SELECT stock.sku, stock.location, stock.version, stock.on_hand, stock.held, stock.short,
+       stock.version - coalesce(checked.version, 0) - ledger.movements AS version_drift,
+       stock.on_hand - coalesce(checked.on_hand, 0) - ledger.on_hand AS on_hand_drift,
+       stock.held - coalesce(checked.held, 0) - ledger.held AS held_drift,
+       stock.short - coalesce(checked.short, 0) - ledger.short AS short_drift,
+       stock.held - open_holds.held AS hold_drift
+FROM stock
+  LEFT JOIN checkpoint AS checked ON checked.sku = stock.sku AND checked.location = stock.location
+  CROSS JOIN LATERAL (
+    SELECT count(*) AS movements, coalesce(sum(on_hand_delta), 0)::bigint AS on_hand,
+           coalesce(sum(held_delta), 0)::bigint AS held, coalesce(sum(short_delta), 0)::bigint AS short
+    FROM movement WHERE movement.sku = stock.sku AND movement.location = stock.location
+      AND movement.version > coalesce(checked.version, 0)
+  ) AS ledger
+  CROSS JOIN LATERAL (
+    SELECT coalesce(sum(hold.held), 0)::bigint AS held FROM hold
+    WHERE hold.sku = stock.sku AND hold.location = stock.location AND hold.held > 0
+  ) AS open_holds
+WHERE (stock.sku, stock.location) > ($1, $2) AND stock.version <> coalesce(checked.version, 0)
+ORDER BY stock.sku, stock.location LIMIT $3
+"""
+SAVE_CHECKPOINTS = """
+INSERT INTO checkpoint (sku, location, version, on_hand, held, short)
+SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[])
+ON CONFLICT (sku, location) DO UPDATE
+SET version = excluded.version, on_hand = excluded.on_hand, held = excluded.held, short = excluded.short,
+    checked_at = now()
+WHERE checkpoint.version < excluded.version
 """
 MAKE_PARTITION = """
 CREATE TABLE IF NOT EXISTS {name} PARTITION OF movement FOR VALUES FROM ('{start}') TO ('{end}')
@@ -357,10 +378,10 @@ async def unknown_locations(connection: Connection, locations: Iterable[str]) ->
     return {row["location"]: row["active"] is False for row in rows}
 
 
-async def insert_holds(connection: Connection, rows: Sequence[HoldRow], now: datetime) -> int:
-    """Insert hold rows; return how many were new."""
+async def insert_holds(connection: Connection, rows: Sequence[HoldRow], now: datetime) -> None:
+    """Insert hold rows. Raises asyncpg.UniqueViolationError where one is known."""
     if not rows:
-        return 0
+        return
     ordered = sorted(rows, key=lambda row: (row.sku, row.hold_id, row.slot))
     columns = split(
         (
@@ -375,7 +396,7 @@ async def insert_holds(connection: Connection, rows: Sequence[HoldRow], now: dat
         )
         for r in ordered
     )
-    return affected(await connection.execute(INSERT_HOLDS, *columns, now))
+    await connection.execute(INSERT_HOLDS, *columns, now)
 
 
 def _short_json(lines: Sequence[ShortLine]) -> str | None:
@@ -541,6 +562,18 @@ async def movements_after(
         )
         for row in await connection.fetch(MOVEMENTS_AFTER, *later, movements_max)
     ]  # fmt: skip
+
+
+async def balance(connection: Connection, after: Key, keys_max: int) -> list[Record]:
+    """A row for each of the next keys that have moved since they were last found to agree."""
+    return list(await connection.fetch(BALANCE, *after, keys_max))
+
+
+async def save_checkpoints(connection: Connection, rows: Iterable[Record]) -> None:
+    """Remember that the ledger agrees up to the versions of these rows of `balance`."""
+    columns = [(r["sku"], r["location"], r["version"], r["on_hand"], r["held"], r["short"]) for r in rows]
+    if columns:
+        await connection.execute(SAVE_CHECKPOINTS, *split(columns))
 
 
 async def make_partitions(connection: Connection, today: datetime, months_ahead: int) -> None:

@@ -24,7 +24,6 @@ from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
 MONTHS_AHEAD = 3
-RECONCILE_KEYS = 1_000
 PARTITIONS_SECONDS = 3600
 GROUP = "holdfast.inventory"
 
@@ -65,19 +64,8 @@ class Workers:
             await store.make_partitions(connection, datetime.now(UTC), MONTHS_AHEAD)
 
     async def _reconcile(self) -> None:
-        """Compare counters, ledger and holds of every key; say where they differ. Changes nothing."""
-        after, drifted = ("", ""), 0
-        while True:
-            async with self._database.connection() as connection:
-                rows = await connection.fetch(store.DRIFT, *after, RECONCILE_KEYS)
-            for row in rows:
-                if row["on_hand_drift"] or row["held_drift"] or row["hold_drift"]:
-                    drifted += 1
-                    log.error("drift", **dict(row))
-            if len(rows) < RECONCILE_KEYS:
-                break
-            after = (rows[-1]["sku"], rows[-1]["location"])
-        log.debug("reconciled", drifted=drifted)
+        for row in await self._commands.reconcile():
+            log.error("drift", **dict(row))
 
     async def _obey(self) -> None:
         await Consumer(

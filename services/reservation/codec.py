@@ -1,11 +1,8 @@
 """Between the domain's data and the wire's: requests checked, answers and events made."""
 
-import hashlib
 from collections.abc import Iterable
-from datetime import datetime, timedelta
+from datetime import timedelta
 
-from google.protobuf.message import Message
-from google.protobuf.timestamp_pb2 import Timestamp
 from holdfast.reservation.v1 import error_reason_pb2, events_pb2
 from holdfast.reservation.v1 import reservation_pb2 as pb
 
@@ -14,6 +11,7 @@ from shared import check
 from shared.errors import ErrorMap
 from shared.outbox import Event
 from shared.refusal import Refusal
+from shared.wire import fingerprint, timestamp
 
 CHANGES_TOPIC = "holdfast.reservation.changes.v1"
 LINES_MAX = 2_000
@@ -28,11 +26,6 @@ _MODE_NAMES = {mode: pb.ReserveMode.Value(f"RESERVE_MODE_{mode}") for mode in Mo
 _STATE_NAMES = {state: pb.ReservationState.Value(f"RESERVATION_STATE_{state}") for state in State}
 _STATES = {value: state for state, value in _STATE_NAMES.items()}
 _REASONS = {reason.value: error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}") for reason in Reason}
-
-
-def fingerprint(message: Message) -> bytes:
-    """Tells whether two requests have the same content."""
-    return hashlib.blake2b(message.SerializeToString(deterministic=True), digest_size=16).digest()
 
 
 def ask(request: pb.ReserveRequest, field: str = "") -> Ask:
@@ -107,12 +100,6 @@ def state(value: pb.ReservationState.ValueType) -> State | None:
     if value not in _STATES:
         raise check.invalid("state", "must be a known state")
     return _STATES[value]
-
-
-def timestamp(time: datetime) -> Timestamp:
-    value = Timestamp()
-    value.FromDatetime(time)
-    return value
 
 
 def reservation(value: Reservation) -> pb.Reservation:

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 from google.protobuf.field_mask_pb2 import FieldMask
 from holdfast.inventory.v1 import inventory_pb2 as ip
+from holdfast.inventory.v1.error_reason_pb2 import ERROR_REASON_REQUEST_ID_REUSED
 
 from shared.client import Holdfast
 from shared.refusal import Refusal
@@ -88,6 +89,8 @@ async def test_an_import_reports_every_bad_row_and_changes_nothing(holdfast: Hol
     part = await holdfast.import_stock(request_id, good[:2])
     whole = await holdfast.import_stock(request_id, good)
     assert (part.rows_applied, whole.rows_applied, whole.rows_known) == (2, 1, 2)
+    other = await holdfast.import_stock(request_id, [row(1, codes[0], 6), row(9, codes[1])])
+    assert [(error.row_number, error.reason) for error in other.errors] == [(1, ERROR_REASON_REQUEST_ID_REUSED)]
     seen = await stock(holdfast, codes[0], min_version=2)
     assert (seen.on_hand, seen.safety_stock, seen.available) == (5, 1, 4)
 

@@ -125,3 +125,20 @@ async def test_policy_keeps_safety_stock_and_allows_backorders(commands: Command
     (cut,) = await commands.adjust([ask(Change.POLICY, 0, backorder_limit=3)])
     assert isinstance(cut, Refusal)
     assert cut.reason == "BELOW_HELD"
+
+
+async def test_one_id_at_once_on_different_keys_is_one_adjustment(commands: Commands, inventory_db: Database) -> None:
+    """Nothing that both would lock stands between them: one is applied, the other is the named error."""
+    for location in ("X", "Y"):
+        await put(commands, "A", 0, location)
+    for n in range(20):
+        receipt = ask(Change.RECEIVE, 1)
+        answers = await asyncio.gather(
+            *(
+                commands.adjust([replace(receipt, request_id=f"r{n}", location=at, fingerprint=at.encode())])
+                for at in ("X", "Y")
+            )
+        )
+        reasons = [answer.reason if isinstance(answer, Refusal) else "" for (answer,) in answers]
+        assert sorted(reasons) == ["", "REQUEST_ID_REUSED"]
+    await assert_sound(inventory_db)

@@ -2,10 +2,14 @@
 
 import asyncio
 import random
+from collections.abc import Iterable
 
+import pytest
+
+from services.inventory import store
 from services.inventory.commands import Commands
-from services.inventory.domain import Changed, Kind, Mode, Placed
-from shared.database import Database
+from services.inventory.domain import Changed, HoldRow, Kind, Mode, Placed
+from shared.database import Connection, Database
 from shared.refusal import Refusal
 from tests.integration.goods import assert_sound, change, hold, put, stock
 
@@ -248,3 +252,50 @@ async def test_any_mix_of_concurrent_work_keeps_the_books(commands: Commands, in
 
     await asyncio.gather(*(shopper(n) for n in range(12)))
     await assert_sound(inventory_db)
+
+
+async def test_one_id_at_once_on_different_keys_is_one_hold(commands: Commands, inventory_db: Database) -> None:
+    """Nothing that both would lock stands between them: one is first, the other is a named error or a repeat."""
+    for location in ("X", "Y"):
+        await put(commands, "A", 10, location)
+    for n in range(20):
+        answers = await asyncio.gather(
+            *(commands.place([hold(f"h{n}", ("A", location, 1))]) for location in ("X", "Y") * 2)
+        )
+        reasons = [answer.reason if isinstance(answer, Refusal) else "" for (answer,) in answers]
+        assert sorted(reasons) == ["", "", "REQUEST_ID_REUSED", "REQUEST_ID_REUSED"]
+    await assert_sound(inventory_db)
+
+
+async def test_one_refusal_at_once_of_goods_never_stocked_is_one(commands: Commands, inventory_db: Database) -> None:
+    """Twenty repeats at once on a key without a row to lock all hear the same refusal."""
+    await put(commands, "A", 1)
+    await put(commands, "B", 1, "SHOP")
+    answers = await asyncio.gather(*(commands.place([hold("h", ("A", "SHOP", 1))]) for _ in range(20)))
+    assert all(isinstance(answer, Placed) and not answer.allocations for (answer,) in answers)
+    assert sum(not answer.replayed for (answer,) in answers if isinstance(answer, Placed)) == 1
+    await assert_sound(inventory_db)
+
+
+async def test_a_hold_placed_while_its_commit_is_on_its_way_is_not_known_yet(
+    commands: Commands, inventory_db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """What was not there when the locks were taken is left alone."""
+    await put(commands, "A", 5)
+    read_holds = store.read_holds
+    calls = 0
+
+    async def late(connection: Connection, ids: Iterable[tuple[str, str]]) -> dict[str, list[HoldRow]]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            await commands.place([hold("h", ("A", "MAIN", 2))])
+            return {}
+        return await read_holds(connection, ids)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "read_holds", late)
+        (early,) = await commands.change([change("h", Kind.COMMIT, ("A", "", 0))])
+    assert isinstance(early, Refusal)
+    assert early.reason == "HOLD_NOT_FOUND"
+    assert await stock(inventory_db, "A") == (5, 2)

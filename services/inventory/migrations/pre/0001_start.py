@@ -126,6 +126,19 @@ STATEMENTS = (
         PRIMARY KEY (sku, location, version, recorded_at)
     ) PARTITION BY RANGE (recorded_at)
     """,
+    # Up to which version of each key the ledger was added up and found to agree (`store.BALANCE`).
+    """
+    CREATE TABLE checkpoint (
+        sku text COLLATE "C" NOT NULL,
+        location text COLLATE "C" NOT NULL,
+        version bigint NOT NULL,
+        on_hand bigint NOT NULL,
+        held bigint NOT NULL,
+        short bigint NOT NULL,
+        checked_at timestamptz NOT NULL DEFAULT now(),
+        PRIMARY KEY (sku, location)
+    ) WITH (fillfactor = 70)
+    """,
     """
     CREATE TABLE outbox (
         key text COLLATE "C" NOT NULL,

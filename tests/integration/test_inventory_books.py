@@ -1,0 +1,63 @@
+"""The reconciler: counters, ledger and holds are compared, cheaply, and what does not agree is named."""
+
+import asyncio
+from datetime import UTC, datetime
+
+import pytest
+
+from services.inventory import store
+from services.inventory.commands import Commands
+from services.inventory.domain import Kind
+from shared.database import Database
+from tests.integration.goods import change, hold, put
+
+
+async def scene(commands: Commands) -> None:
+    """Ten keys with a receipt, a hold and a sale each."""
+    for n in range(10):
+        await put(commands, f"S{n}", 10)
+    await commands.place([hold(f"h{n}", (f"S{n}", "MAIN", 3)) for n in range(10)])
+    await commands.change([change(f"h{n}", Kind.COMMIT, (f"S{n}", "", 1)) for n in range(10)])
+
+
+async def test_books_that_agree_are_compared_once(commands: Commands, inventory_db: Database) -> None:
+    """Only what has moved since is looked at again, by one reconciler or by two at once."""
+    await scene(commands)
+    drifts = await asyncio.gather(commands.reconcile(keys_max=3), commands.reconcile(keys_max=4))
+    assert not any(drifts)
+    async with inventory_db.connection() as connection:
+        assert await store.balance(connection, ("", ""), 100) == []
+        await put(commands, "S4", 1)
+        assert [row["sku"] for row in await store.balance(connection, ("", ""), 100)] == ["S4"]
+    assert await commands.reconcile() == []
+
+
+@pytest.mark.parametrize(
+    ("tampering", "drift", "units"),
+    [
+        ("UPDATE stock SET on_hand = on_hand + 2 WHERE sku = 'S4'", "on_hand_drift", 2),
+        ("UPDATE stock SET held = held + 1 WHERE sku = 'S4'", "held_drift", 1),
+        ("UPDATE stock SET short = 1 WHERE sku = 'S4'", "short_drift", 1),
+        ("UPDATE hold SET held = held - 1, released = 1 WHERE sku = 'S4'", "hold_drift", 1),
+        ("DELETE FROM movement WHERE sku = 'S4' AND version = 2", "version_drift", 1),
+    ],
+)
+async def test_books_that_disagree_are_named_until_they_are_mended(
+    commands: Commands, inventory_db: Database, tampering: str, drift: str, units: int
+) -> None:
+    """Each kind of tampering is found on its key, again and again, and on no other key."""
+    await scene(commands)
+    async with inventory_db.connection() as connection:
+        await connection.execute(tampering)
+    for _ in range(2):
+        (found,) = await commands.reconcile()
+        assert (found["sku"], found[drift]) == ("S4", units)
+
+
+async def test_partitions_are_made_ahead(inventory_db: Database) -> None:
+    """Every month of the year to come has a place for its movements; making them again changes nothing."""
+    count = "SELECT count(*) FROM pg_inherits WHERE inhparent = 'movement'::regclass"
+    async with inventory_db.connection() as connection:
+        for _ in range(2):
+            await store.make_partitions(connection, datetime.now(UTC), 12)
+            assert await connection.fetchval(count) == 13
