@@ -49,6 +49,9 @@ HOT = {
     "NEXT_EXPIRY": KEYS,
     "SOURCES": "array['S000100', 'S000200']",
     "MOVEMENTS_AFTER": f"{KEYS}, array[1, 1], 10",
+    "MOVED": f"{KEYS}, array[1, 1]",
+    "SUM_STOCK": "array['S000100', 'S000200']",
+    "BALANCE": "'', '', 10",
 }
 
 
