@@ -24,8 +24,8 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
-from grpc_reflection.v1alpha import reflection
 
+from shared import reflection
 from shared.channel import KEEPALIVE_MS, MESSAGE_BYTES_MAX
 from shared.errors import DETAILS_KEY, ErrorMap
 from shared.refusal import Refusal
@@ -46,10 +46,11 @@ else:
     Handler = grpc.RpcMethodHandler
 
 
-class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # not generic at run time
+class Edge:
     """Turns refusals into statuses, everything else into INTERNAL, and names the pod in each answer.
 
-    Knows the calls under way, and can end them (`drain`).
+    Knows the calls under way, and can end them (`drain`). Methods are wrapped once, when they are first
+    called, and not intercepted: an interceptor is run anew for every call.
     """
 
     def __init__(self, errors: ErrorMap, pod: str) -> None:
@@ -74,29 +75,26 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # not generic 
         for call in self._calls:
             call.cancel()
 
-    async def intercept_service(
-        self,
-        continuation: Callable[[grpc.HandlerCallDetails], Awaitable[Handler]],
-        handler_call_details: grpc.HandlerCallDetails,
-    ) -> Handler:
-        handler: Any = await continuation(handler_call_details)
-        if handler is None or not handler_call_details.method.startswith("/holdfast."):
-            return handler  # type: ignore[no-any-return]
+    def wrap(self, handler: Any) -> Handler:
+        """A method's handler with this edge around it."""
         codec = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
         }
+        made: Handler
         if handler.response_streaming:
             make = (
                 grpc.stream_stream_rpc_method_handler
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            return make(self._stream(handler.stream_stream or handler.unary_stream), **codec)
+            made = make(self._stream(handler.stream_stream or handler.unary_stream), **codec)
+            return made
         make = (
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
-        return make(self._unary(handler.stream_unary or handler.unary_unary), **codec)
+        made = make(self._unary(handler.stream_unary or handler.unary_unary), **codec)
+        return made
 
     def _unary(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Any:
         async def call(request: Any, context: Context) -> Any:
@@ -156,6 +154,38 @@ class Edge(grpc.aio.ServerInterceptor):  # type: ignore[type-arg] # not generic 
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; it is in the log of the pod", self._pod)
 
 
+class _Methods(grpc.GenericRpcHandler):  # type: ignore[type-arg] # not generic at run time
+    """The methods of a service, each with the edge around it."""
+
+    def __init__(self, inner: Any, edge: Edge) -> None:
+        self._inner = inner
+        self._edge = edge
+        self._wrapped: dict[str, Handler] = {}
+
+    def service(self, handler_call_details: Any) -> Handler | None:
+        method = handler_call_details.method
+        if method not in self._wrapped:
+            handler = self._inner.service(handler_call_details)
+            if handler is None:
+                return None
+            self._wrapped[method] = self._edge.wrap(handler)
+        return self._wrapped[method]
+
+
+class Guarded:
+    """What generated code registers an API on: the server, behind the edge."""
+
+    def __init__(self, server: Server, edge: Edge) -> None:
+        self._server = server
+        self._edge = edge
+
+    def add_generic_rpc_handlers(self, handlers: Sequence[Any]) -> None:
+        self._server.add_generic_rpc_handlers([_Methods(handler, self._edge) for handler in handlers])
+
+    def add_registered_method_handlers(self, _service: str, _handlers: Any) -> None:
+        """Asyncio servers look methods up in the generic handlers."""
+
+
 def _stopping() -> Refusal:
     return Refusal("STOPPING", "the pod is stopping; try again with the same request")
 
@@ -169,13 +199,12 @@ def _task() -> asyncio.Task[Any]:
 def build(
     settings: Settings,
     errors: ErrorMap,
-    register: Callable[[grpc.aio.Server], None],
+    register: Callable[[Any], None],
     services: Sequence[str],
 ) -> tuple[Server, Edge, HealthServicer]:
     """A server with the API that `register` adds, health (NOT_SERVING yet) and reflection."""
     edge = Edge(errors, settings.pod)
     server = grpc.aio.server(
-        interceptors=[edge],
         options=[
             ("grpc.so_reuseport", 0),
             ("grpc.max_connection_age_ms", settings.connection_age_seconds_max * 1000),
@@ -187,10 +216,10 @@ def build(
             ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
         ],
     )
-    register(server)
+    register(Guarded(server, edge))
     checks = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable_server_reflection((*services, HEALTH_NAME, reflection.SERVICE_NAME), server)
+    reflection.enable((*services, HEALTH_NAME), server)
     server.add_insecure_port(settings.listen)
     return server, edge, checks
 

@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+from typing import Any
 
 import redis.asyncio as redis
 import uvloop
@@ -43,7 +44,7 @@ async def run(settings: Settings, role: str) -> None:
     api = role in {"api", "all"}
     services = [NAME] if api else []
 
-    def register(target: server.Server) -> None:
+    def register(target: Any) -> None:
         if api:
             inventory_pb2_grpc.add_InventoryServiceServicer_to_server(servicer, target)
 

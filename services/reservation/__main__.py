@@ -3,6 +3,7 @@
 import argparse
 import asyncio
 import contextlib
+from typing import Any
 
 import redis.asyncio as redis
 import uvloop
@@ -35,7 +36,7 @@ async def run(settings: Settings, role: str) -> None:
     api = role in {"api", "all"}
     services = [NAME] if api else []
 
-    def register(target: server.Server) -> None:
+    def register(target: Any) -> None:
         if api:
             servicer = Servicer(settings, database, commands)
             reservation_pb2_grpc.add_ReservationServiceServicer_to_server(servicer, target)
