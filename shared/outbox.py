@@ -1,55 +1,49 @@
 """The transactional outbox: what changed is written beside the change, and a relay sends it to Kafka.
 
-Why this loses and reorders nothing per key:
+A transaction writes its events as groups, a row for each topic and type, and not a row for each event:
+the row is what costs. Why this loses and reorders nothing per key:
 
-* An event is inserted in the transaction that made it, after that transaction has locked the row that
-  it is about. Two transactions on one row are therefore serial, and the later one draws higher ids:
-  ascending id is version order for each row.
+* A group is inserted in the transaction that made its events, after that transaction has locked the rows
+  that they are about. Two transactions on one row are therefore serial, and the later one draws the higher
+  id: ascending id, and order within a group, is version order for each row.
 * The relay does not keep a cursor (ids become visible out of order): it reads the lowest ids there are,
-  sends them, and deletes what was acknowledged. A crash in between sends them again; consumers apply
-  by version, so a duplicate changes nothing.
+  sends their events, and deletes what was acknowledged. A crash in between sends them again; consumers
+  apply by version, so a duplicate changes nothing.
 * Two relays at once read and send the same rows: duplicates again, nothing else.
 
-Kafka may be away for hours: rows wait. Table `outbox` belongs to each service's database.
+Kafka may be away for hours: rows wait. Table `outbox` belongs to each service's database. A service whose
+events stand in a table already keeps no second copy of them, only where they are: it gives its relay a
+`Source` of its own, and the same holds.
 """
 
 import asyncio
 import uuid
-from collections.abc import Sequence
+import zlib
+from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 
 import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
+from aiokafka.producer.message_accumulator import BatchBuilder
 
 from shared.database import Connection, Database
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
-RELAY_EVENTS_MAX = 2_000
+RELAY_GROUPS_MAX = 64
 SCHEMA_VERSION = b"1"
+EVENT_IDS = 1 << 128
 
-# One row for each event, in the order given; ids ascend with it.
 INSERT = """
-INSERT INTO outbox (key, event_id, topic, type, payload, traceparent)
-SELECT key, event_id, topic, type, payload, traceparent
-FROM unnest($1::text[], $2::uuid[], $3::text[], $4::text[], $5::bytea[], $6::text[])
-  WITH ORDINALITY AS event (key, event_id, topic, type, payload, traceparent, position)
-ORDER BY position
+INSERT INTO outbox (topic, type, keys, payloads, traceparent) VALUES ($1, $2, $3, $4, $5)
 """
 # The lowest ids: what has waited longest, in version order for each key.
 PEEK = """
-SELECT id, key, event_id, topic, type, payload, traceparent FROM outbox ORDER BY id LIMIT $1
+SELECT id, event_id, topic, type, keys, payloads, traceparent FROM outbox ORDER BY id LIMIT $1
 """
-# By key as well, so that each delete goes to one shard.
-DELETE = """
-DELETE FROM outbox USING unnest($1::text[], $2::bigint[]) AS sent (key, id)
-WHERE outbox.key = sent.key AND outbox.id = sent.id
-"""
-# How much waits, and for how long.
-LAG = """
-SELECT count(*) AS events, coalesce(extract(epoch FROM now() - min(created_at)), 0) AS seconds FROM outbox
-"""
+DELETE = "DELETE FROM outbox USING unnest($1::bigint[]) AS sent (id) WHERE outbox.id = sent.id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,68 +54,113 @@ class Event:
     key: str
     type: str
     payload: bytes
-    traceparent: str = ""
 
 
-async def write(connection: Connection, events: Sequence[Event]) -> None:
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Events of one type for one topic, in order. The n-th event's id is `event_id` plus n."""
+
+    id: int
+    event_id: uuid.UUID
+    topic: str
+    type: str
+    keys: Sequence[str]
+    payloads: Sequence[bytes]
+    traceparent: str
+
+
+@dataclass(frozen=True, slots=True)
+class Source:
+    """Where groups wait: how the oldest are read, and the statement that deletes an array of their ids."""
+
+    peek: Callable[[Connection, int], Awaitable[list[Group]]]
+    delete: str
+
+
+async def write(connection: Connection, events: Sequence[Event], traceparent: str = "") -> None:
     """Insert events in the caller's transaction, which has locked what they are about."""
-    if events:
-        await connection.execute(
-            INSERT,
-            [event.key for event in events],
-            [uuid.uuid4() for _ in events],
-            [event.topic for event in events],
-            [event.type for event in events],
-            [event.payload for event in events],
-            [event.traceparent for event in events],
-        )
+    for (topic, kind), part in groupby(events, key=lambda event: (event.topic, event.type)):
+        group = list(part)
+        keys, payloads = [event.key for event in group], [event.payload for event in group]
+        await connection.execute(INSERT, topic, kind, keys, payloads, traceparent)
+
+
+async def peek(connection: Connection, groups_max: int) -> list[Group]:
+    """The oldest groups of the table `outbox`."""
+    return [Group(*row) for row in await connection.fetch(PEEK, groups_max)]
+
+
+OUTBOX = Source(peek, DELETE)
 
 
 class Relay:
-    """Moves a database's outbox to Kafka."""
+    """Moves what waits in a database to Kafka."""
 
-    def __init__(self, database: Database, producer: AIOKafkaProducer) -> None:
+    def __init__(self, database: Database, producer: AIOKafkaProducer, source: Source = OUTBOX) -> None:
         self._database = database
         self._producer = producer
+        self._source = source
 
-    async def relay_once(self, events_max: int = RELAY_EVENTS_MAX) -> int:
-        """Send the oldest events, delete them when all are acknowledged; return how many.
+    async def relay_once(self, groups_max: int = RELAY_GROUPS_MAX) -> int:
+        """Send the oldest groups, delete them when all is acknowledged; return how many.
 
         Raises KafkaError or Refusal(DATABASE_UNAVAILABLE), and then has deleted nothing.
         """
         async with self._database.connection() as connection:
-            rows = await connection.fetch(PEEK, events_max)
-        if not rows:
+            groups = await self._source.peek(connection, groups_max)
+        if not groups:
             return 0
-        sent = [
-            await self._producer.send(
-                row["topic"],
-                value=row["payload"],
-                key=row["key"].encode(),
-                headers=[
-                    ("event_id", row["event_id"].bytes),
-                    ("type", row["type"].encode()),
-                    ("schema_version", SCHEMA_VERSION),
-                    *([("traceparent", row["traceparent"].encode())] if row["traceparent"] else ()),
-                ],
-            )
-            for row in rows
-        ]
-        await asyncio.gather(*sent)
+        await self._send(groups)
         async with self._database.connection() as connection:
-            await connection.execute(DELETE, [row["key"] for row in rows], [row["id"] for row in rows])
-        return len(rows)
+            await connection.execute(self._source.delete, [group.id for group in groups])
+        return len(groups)
+
+    async def _send(self, groups: Sequence[Group]) -> None:
+        """Fill a batch for each partition and send it when it is full; return when all are acknowledged."""
+        filling: dict[tuple[str, int], BatchBuilder] = {}
+        sent: list[asyncio.Future[object]] = []
+
+        async def flush(topic: str, partition: int) -> None:
+            batch = filling.pop((topic, partition))
+            sent.append(await self._producer.send_batch(batch, topic, partition=partition))
+
+        for group in groups:
+            partitions = len(await self._producer.partitions_for(group.topic))
+            for number, (key, payload) in enumerate(zip(group.keys, group.payloads, strict=True)):
+                raw = key.encode()
+                place = (group.topic, zlib.crc32(raw) % partitions)
+                message = {"timestamp": None, "key": raw, "value": payload, "headers": _headers(group, number)}
+                if place not in filling:
+                    filling[place] = self._producer.create_batch()
+                if filling[place].append(**message) is None:
+                    await flush(*place)
+                    filling[place] = self._producer.create_batch()
+                    filling[place].append(**message)
+        for place in list(filling):
+            await flush(*place)
+        await asyncio.gather(*sent)
 
     async def run(self, *, poll_seconds: float) -> None:
-        """Relay until cancelled; wait `poll_seconds` when there is nothing, longer when Kafka is away."""
+        """Relay until cancelled; wait `poll_seconds` when little was waiting, longer when Kafka is away."""
         wait = poll_seconds
         while True:
             try:
-                wait = 0 if await self.relay_once() == RELAY_EVENTS_MAX else poll_seconds
+                wait = 0 if await self.relay_once() == RELAY_GROUPS_MAX else poll_seconds
             except (KafkaError, Refusal) as error:
                 wait = min(max(wait, 0.1) * 2, 5)
                 log.warning("relay waits", error=type(error).__name__, seconds=wait)
             await asyncio.sleep(wait)
+
+
+def _headers(group: Group, number: int) -> list[tuple[str, bytes]]:
+    headers = [
+        ("event_id", ((group.event_id.int + number) % EVENT_IDS).to_bytes(16, "big")),
+        ("type", group.type.encode()),
+        ("schema_version", SCHEMA_VERSION),
+    ]
+    if group.traceparent:
+        headers.append(("traceparent", group.traceparent.encode()))
+    return headers
 
 
 def producer(bootstrap: str, client: str) -> AIOKafkaProducer:

@@ -8,7 +8,7 @@ import structlog
 
 from shared.database import Database
 from shared.lock import run_alone
-from shared.outbox import Relay, producer
+from shared.outbox import OUTBOX, Relay, Source, producer
 
 log = structlog.get_logger(__name__)
 RESTART_SECONDS = 1.0
@@ -41,11 +41,13 @@ async def alone(client: redis.Redis, name: str, work: Work, *, lock_ttl_seconds:
     await run_alone(client, name, once, ttl_seconds=lock_ttl_seconds)
 
 
-async def relay(database: Database, bootstrap: str, client_id: str, poll_seconds: float) -> None:
-    """Move the outbox to Kafka until cancelled. Raises KafkaError when the brokers cannot be found."""
+async def relay(
+    database: Database, bootstrap: str, client_id: str, poll_seconds: float, source: Source = OUTBOX
+) -> None:
+    """Move what waits to Kafka until cancelled. Raises KafkaError when the brokers cannot be found."""
     sender = producer(bootstrap, client_id)
     try:
         await sender.start()
-        await Relay(database, sender).run(poll_seconds=poll_seconds)
+        await Relay(database, sender, source).run(poll_seconds=poll_seconds)
     finally:
         await sender.stop()

@@ -37,7 +37,8 @@ async def inventory_db(inventory_dsn: str) -> AsyncIterator[Database]:
     database = await Database.connect(inventory_dsn, name="test", connections_max=40)
     async with database.connection() as connection:
         await connection.execute(
-            "TRUNCATE location, sku, stock, hold, hold_change, request, movement, checkpoint, outbox CASCADE"
+            "TRUNCATE location, sku, stock, hold, hold_change, request, movement, checkpoint, movement_outbox, outbox"
+            " CASCADE"
         )
     yield database
     await database.close()

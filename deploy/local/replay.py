@@ -22,6 +22,8 @@ SOLD = "SELECT sku, sum(confirmed)::bigint AS sold, sum(held)::bigint AS held FR
 EXPIRED = "SELECT coalesce(sum(expired), 0)::bigint FROM allocation"
 ON_HAND = "SELECT sku, sum(on_hand)::bigint AS on_hand FROM stock GROUP BY sku"
 COMMITTED = "SELECT sku, sum(committed)::bigint AS committed FROM hold GROUP BY sku"
+UNSENT = "SELECT coalesce(sum(cardinality(keys)), 0)::bigint FROM outbox"
+UNSENT_MOVEMENTS = "SELECT coalesce(sum(cardinality(versions)), 0)::bigint FROM movement_outbox"
 # Counters against the ledger and the open holds, each key for itself.
 DRIFT = """
 SELECT coalesce(sum(abs(stock.on_hand - coalesce(ledger.on_hand, 0)) + abs(stock.held - coalesce(ledger.held, 0))
@@ -185,7 +187,7 @@ async def look(tally: Tally, inventory_dsn: str, reservation_dsn: str) -> Truth:
     inventory = await asyncpg.connect(inventory_dsn)
     reservation = await asyncpg.connect(reservation_dsn)
     try:
-        waiting = await _events_waiting(inventory, reservation)
+        waiting = await _events_waiting({inventory: (UNSENT, UNSENT_MOVEMENTS), reservation: (UNSENT,)})
         sold = {row["sku"]: (row["sold"], row["held"]) for row in await reservation.fetch(SOLD)}
         on_hand = {row["sku"]: row["on_hand"] for row in await inventory.fetch(ON_HAND)}
         committed = {row["sku"]: row["committed"] for row in await inventory.fetch(COMMITTED)}
@@ -210,10 +212,10 @@ async def look(tally: Tally, inventory_dsn: str, reservation_dsn: str) -> Truth:
     )
 
 
-async def _events_waiting(*databases: "asyncpg.Connection[asyncpg.Record]") -> int:
+async def _events_waiting(asked: dict["asyncpg.Connection[asyncpg.Record]", tuple[str, ...]]) -> int:
     deadline = time.monotonic() + EVENTS_SECONDS_MAX
     while True:
-        counts = [await database.fetchval("SELECT count(*) FROM outbox") for database in databases]
+        counts = [await database.fetchval(count) for database, counts in asked.items() for count in counts]
         if not sum(counts) or time.monotonic() > deadline:
             return sum(counts)
         await asyncio.sleep(0.1)

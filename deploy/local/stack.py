@@ -395,7 +395,8 @@ class Stack:
                     raise StackError(f"{what} took more than {seconds_max:.0f} s; its last lines:\n{tail(log)}")
         finally:
             if process.poll() is None:
-                process.kill()
+                # It leads a session of its own, and its children (initdb has some) end with it.
+                os.killpg(process.pid, signal.SIGKILL)
                 process.wait()
         if process.returncode:
             raise StackError(f"{what} failed; its last lines:\n{tail(log)}")
@@ -447,9 +448,10 @@ class Stack:
         install, data = self._postgres_places(user)
         if not data.exists():
             # Made beside its place and moved there whole, so that a crash leaves no half of it.
-            unfinished = data.with_name("postgres.new")
-            shutil.rmtree(unfinished, ignore_errors=True)
-            unfinished.mkdir(mode=0o700, parents=True)
+            data.parent.mkdir(parents=True, exist_ok=True)
+            for stale in data.parent.glob("postgres.new-*"):
+                shutil.rmtree(stale, ignore_errors=True)
+            unfinished = Path(tempfile.mkdtemp(prefix="postgres.new-", dir=data.parent))
             if user:
                 os.chown(unfinished, user.pw_uid, user.pw_gid)
             log = self.log / "initdb.log"

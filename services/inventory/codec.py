@@ -2,19 +2,23 @@
 
 from collections.abc import Iterable
 from datetime import datetime
+from itertools import groupby
+from operator import itemgetter
 
 from holdfast.inventory.v1 import error_reason_pb2, events_pb2, inventory_pb2
 
 from services.inventory import domain
 from shared.database import Record
 from shared.errors import ErrorMap
-from shared.outbox import Event
+from shared.outbox import Event, Group
 from shared.refusal import Refusal
 from shared.wire import timestamp
 
 MOVEMENTS_TOPIC = "holdfast.inventory.movements.v1"
 CATALOG_TOPIC = "holdfast.inventory.catalog.v1"
 COMMANDS_TOPIC = "holdfast.inventory.commands.v1"
+MOVED_TYPE = events_pb2.StockMoved.DESCRIPTOR.full_name
+CHANGED_TYPE = events_pb2.SkuChanged.DESCRIPTOR.full_name
 
 _KINDS = {kind: inventory_pb2.MovementKind.Value(f"MOVEMENT_KIND_{kind}") for kind in domain.Kind}
 _REASONS = {reason.value: error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}") for reason in domain.Reason}
@@ -70,22 +74,40 @@ def movement(value: domain.Movement, time: datetime) -> inventory_pb2.Movement:
     )
 
 
-def moved(movements: Iterable[domain.Movement], time: datetime) -> list[Event]:
-    """The events of movements, in their order."""
-    return [
-        Event(
-            MOVEMENTS_TOPIC,
-            value.after.sku,
-            "holdfast.inventory.v1.StockMoved",
-            events_pb2.StockMoved(movement=movement(value, time)).SerializeToString(),
-        )
-        for value in movements
-    ]
+def moved(rows: Iterable[Record]) -> list[Group]:
+    """The events of movements out of rows of `store.UNSENT_MOVEMENTS`, a group for each of its ids."""
+    groups: list[Group] = []
+    for (number, event_id, traceparent), part in groupby(rows, key=itemgetter("id", "event_id", "traceparent")):
+        keys: list[str] = []
+        payloads: list[bytes] = []
+        for row in part:
+            keys.append(row["sku"])
+            value = inventory_pb2.Movement(
+                sku=row["sku"],
+                location=row["location"],
+                version=row["version"],
+                kind=_KINDS[row["kind"]],
+                on_hand_delta=row["on_hand_delta"],
+                held_delta=row["held_delta"],
+                short_delta=row["short_delta"],
+                on_hand=row["on_hand"],
+                held=row["held"],
+                short=row["short"],
+                safety_stock=row["safety_stock"],
+                backorder_limit=row["backorder_limit"],
+                hold_id=row["hold_id"],
+                request_id=row["request_id"],
+                reference=row["reference"],
+                time=timestamp(row["recorded_at"]),
+            )
+            payloads.append(events_pb2.StockMoved(movement=value).SerializeToString())
+        groups.append(Group(number, event_id, MOVEMENTS_TOPIC, MOVED_TYPE, keys, payloads, traceparent))
+    return groups
 
 
 def sku_changed(row: Record) -> Event:
     message = events_pb2.SkuChanged(sku=sku(row), version=row["version"])
-    return Event(CATALOG_TOPIC, row["sku"], "holdfast.inventory.v1.SkuChanged", message.SerializeToString())
+    return Event(CATALOG_TOPIC, row["sku"], CHANGED_TYPE, message.SerializeToString())
 
 
 def sku(row: Record) -> inventory_pb2.Sku:
@@ -157,6 +179,7 @@ def placed(value: domain.Placed) -> inventory_pb2.HoldResult:
         ],
         expire_time=timestamp(value.expires_at),
         replayed=value.replayed,
+        place_time=timestamp(value.placed_at),
     )
 
 

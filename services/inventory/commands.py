@@ -34,18 +34,19 @@ from services.inventory.domain import (
     Stock,
 )
 from shared import outbox
-from shared.database import Connection, Database, Record
+from shared.database import RETRIED, Connection, Database, Record
 from shared.refusal import Refusal
 
 SWEEP_HOLDS_MAX = 500
 IMPORT_CHUNK_ROWS = 500
+TAKE_LINES_MAX = 1_000
 RECONCILE_KEYS = 1_000
 DRIFTS = ("version_drift", "on_hand_drift", "held_drift", "short_drift", "hold_drift")
 Answer = TypeVar("Answer", bound=Message)
 
 
-class _NotSimpleError(Exception):
-    """The optimistic way does not fit this batch; nothing was changed."""
+class _NoStockRowError(Exception):
+    """A key to be adjusted has no stock row yet; nothing was changed."""
 
 
 def reused(request_id: str) -> Refusal:
@@ -63,45 +64,56 @@ class Commands:
 
     async def place(self, requests: Sequence[HoldRequest]) -> list[Placed | Refusal]:
         """Place holds in order of arrival; a repeat gets its first outcome."""
-        simple = len({request.hold_id for request in requests}) == len(requests) and all(
-            request.mode is Mode.ALL and all(line.location for line in request.lines) for request in requests
-        )
-        if simple:
-            try:
-                return await self._commit(lambda connection: self._take(connection, requests))
-            except _NotSimpleError:
-                pass
+        taken = await self._take(requests)
+        if taken is not None:
+            return taken
         return await self._commit(lambda connection: self._decide(connection, requests))
 
-    async def _take(
-        self, connection: Connection, requests: Sequence[HoldRequest]
-    ) -> tuple[list[Placed | Refusal], Shelf, datetime]:
-        demand: dict[Key, tuple[int, int]] = {}
-        for request in requests:
-            for line in request.lines:
-                units, holds = demand.get((line.sku, line.location), (0, 0))
-                demand[line.sku, line.location] = (units + line.quantity, holds + 1)
-        stocks, now = await store.take(connection, demand)
-        if now is None or len(stocks) != len(demand):
-            raise _NotSimpleError
-        shelf = Shelf(
-            {
-                key: replace(stock, held=stock.held - demand[key][0], version=stock.version - demand[key][1])
-                for key, stock in stocks.items()
-            }
-        )
-        rows: list[HoldRow] = []
-        placed: list[Placed | Refusal] = []
-        for request in requests:
-            plan = Plan(tuple(Allocation(x.sku, x.location, x.quantity) for x in request.lines))
-            rows += _book(shelf, request, plan, now)
-            placed.append(Placed(request.hold_id, plan.allocations, (), now + request.ttl))
+    async def _take(self, requests: Sequence[HoldRequest]) -> list[Placed | Refusal] | None:
+        """Place them all in one statement; None, and nothing is changed, where it takes more than that."""
+        if (
+            len({request.hold_id for request in requests}) < len(requests)
+            or sum(len(request.lines) for request in requests) > TAKE_LINES_MAX
+            or not all(request.mode is Mode.ALL for request in requests)
+        ):
+            return None
         try:
-            await store.insert_holds(connection, rows, now)
-        except asyncpg.UniqueViolationError:
-            raise _NotSimpleError from None
-        await self._record(connection, shelf, now)
-        return placed, shelf, now
+            async with self._database.connection() as connection:
+                located = await self._locate(connection, requests)
+                if located is None:
+                    return None
+                stocks, now = await store.place(connection, located)
+        except (*RETRIED, asyncpg.DivisionByZeroError):
+            return None
+        self._cache.wrote(stocks.values(), now)
+        return [
+            Placed(
+                request.hold_id,
+                tuple(Allocation(line.sku, line.location, line.quantity) for line in request.lines),
+                (),
+                now,
+                now + request.ttl,
+            )
+            for request in located
+        ]
+
+    async def _locate(self, connection: Connection, requests: Sequence[HoldRequest]) -> Sequence[HoldRequest] | None:
+        """Give each open line its first source: where that one alone can meet it, it is the one to take."""
+        open_skus = {line.sku for request in requests for line in request.lines if not line.location}
+        if not open_skus:
+            return requests
+        sources = await store.sources(connection, open_skus)
+        if len(sources) < len(open_skus):
+            return None
+        return [
+            replace(
+                request,
+                lines=domain.sum_lines(
+                    line if line.location else replace(line, location=sources[line.sku][0]) for line in request.lines
+                ),
+            )
+            for request in requests
+        ]
 
     async def _decide(
         self, connection: Connection, requests: Sequence[HoldRequest]
@@ -129,14 +141,14 @@ class Commands:
             else:
                 plan = domain.plan(request, shelf, sources)
                 plans[request.hold_id] = (request, plan)
-                _book(shelf, request, plan, now)
+                _book(shelf, request, plan)
                 answers.append(None)
 
         await self._explain(connection, plans, sources)
         rows = [row for request, plan in plans.values() for row in _rows(request, plan, now)]
         await store.insert_holds(connection, rows, now)
         await store.save(connection, before, shelf.stocks, now)
-        await self._record(connection, shelf, now)
+        await store.insert_movements(connection, shelf.movements, now)
 
         fresh: set[str] = set()
         placed: list[Placed | Refusal] = []
@@ -147,7 +159,9 @@ class Commands:
                 plan = plans[request.hold_id][1]
                 again = request.hold_id in fresh
                 fresh.add(request.hold_id)
-                placed.append(Placed(request.hold_id, plan.allocations, plan.short_lines, now + request.ttl, again))
+                placed.append(
+                    Placed(request.hold_id, plan.allocations, plan.short_lines, now, now + request.ttl, again)
+                )
             else:
                 placed.append(_replay(known[request.hold_id]))
         return placed, shelf, now
@@ -266,7 +280,7 @@ class Commands:
         await store.extend_holds(connection, [(*key, until) for key, until in extended.items()])
         await store.insert_changes(connection, made.values(), now)
         await store.save(connection, before, shelf.stocks, now)
-        await self._record(connection, shelf, now)
+        await store.insert_movements(connection, shelf.movements, now)
         return answers, shelf, now
 
     async def sweep(self, holds_max: int = SWEEP_HOLDS_MAX) -> int:
@@ -280,7 +294,7 @@ class Commands:
             shelf = Shelf(dict(before))
             swept = await self._reclaim(connection, shelf, before, now)
             await store.save(connection, before, shelf.stocks, now)
-            await self._record(connection, shelf, now)
+            await store.insert_movements(connection, shelf.movements, now)
             return swept, shelf, now
 
         return await self._commit(work)
@@ -314,7 +328,7 @@ class Commands:
 
         try:
             return await self._commit(work)
-        except _NotSimpleError:
+        except _NoStockRowError:
             # Some key has no stock row yet: make those that can be, on their own, and do it again.
             await self._database.run(lambda connection: store.make_stock(connection, keys))
             keys = set()
@@ -325,7 +339,7 @@ class Commands:
     ) -> tuple[list[inventory_pb2.AdjustStockResponse | Refusal], Shelf, datetime]:
         before, now = await store.lock(connection, {key for ask in adjustments for key in ask.keys})
         if not required <= before.keys():
-            raise _NotSimpleError
+            raise _NoStockRowError
         known = await store.read_requests(connection, [(ask.sku, ask.request_id) for ask in adjustments])
         doubtful = [ask for ask in adjustments if not all(_active(before, key) for key in ask.keys)]
         skus, locations = {}, {}
@@ -359,7 +373,7 @@ class Commands:
             fresh.append(request)
         await store.insert_requests(connection, fresh)
         await store.save(connection, before, shelf.stocks, now)
-        await self._record(connection, shelf, now)
+        await store.insert_movements(connection, shelf.movements, now)
         return answers, shelf, now
 
     # -- the catalogue ----------------------------------------------------------------------------
@@ -512,10 +526,6 @@ class Commands:
 
     # -- both -------------------------------------------------------------------------------------
 
-    async def _record(self, connection: Connection, shelf: Shelf, now: datetime) -> None:
-        await store.insert_movements(connection, shelf.movements, now)
-        await outbox.write(connection, codec.moved(shelf.movements, now))
-
     async def _commit(self, work: Callable[[Connection], Awaitable[tuple["Result", Shelf, datetime]]]) -> "Result":
         result, shelf, now = await self._database.run(work)
         self._cache.wrote(shelf.stocks.values(), now)
@@ -525,7 +535,7 @@ class Commands:
 Result = TypeVar("Result")
 
 
-def _book(shelf: Shelf, request: HoldRequest, plan: Plan, now: datetime) -> list[HoldRow]:
+def _book(shelf: Shelf, request: HoldRequest, plan: Plan) -> None:
     for part in plan.allocations:
         shelf.move(
             (part.sku, part.location),
@@ -534,7 +544,6 @@ def _book(shelf: Shelf, request: HoldRequest, plan: Plan, now: datetime) -> list
             hold_id=request.hold_id,
             request_id=request.hold_id,
         )
-    return _rows(request, plan, now)
 
 
 def _rows(request: HoldRequest, plan: Plan, now: datetime) -> list[HoldRow]:
@@ -558,6 +567,7 @@ def _replay(rows: Sequence[HoldRow]) -> Placed:
         rows[0].hold_id,
         tuple(Allocation(row.sku, row.location, row.quantity) for row in rows if row.quantity),
         tuple(line for row in rows for line in row.short_lines),
+        rows[0].created_at,
         max(row.expires_at for row in rows),
         replayed=True,
     )

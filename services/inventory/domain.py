@@ -207,6 +207,7 @@ class Placed:
     hold_id: str
     allocations: tuple[Allocation, ...]
     short_lines: tuple[ShortLine, ...]
+    placed_at: datetime
     expires_at: datetime
     replayed: bool = False
 

@@ -7,7 +7,7 @@ ascending (sku, location); `shared.database` keeps the planner on that order.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import sqlalchemy as sa
@@ -15,6 +15,7 @@ import sqlalchemy as sa
 from services.inventory.domain import (
     Allocation,
     HoldChange,
+    HoldRequest,
     HoldRow,
     Key,
     Kind,
@@ -27,14 +28,45 @@ from shared.database import Connection, Record, fetch
 COUNTERS = "on_hand, stock.held, safety_stock, backorder_limit, short, stock.version, stock.active"
 STOCK_COLUMNS = f"stock.sku, stock.location, {COUNTERS}"
 
-# The guard of the fast path: each key is paid for in full, or does not come back.
-TAKE = f"""
-UPDATE stock SET held = stock.held + demand.quantity, version = stock.version + demand.holds,
-                 updated_at = clock_timestamp()
-FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[]) AS demand (sku, location, quantity, holds)
-WHERE stock.sku = demand.sku AND stock.location = demand.location AND stock.active
-  AND on_hand - stock.held - safety_stock + backorder_limit >= demand.quantity
-RETURNING {STOCK_COLUMNS}, clock_timestamp() AS time
+# A batch of holds in one statement and one round trip: the guard, the holds, their movements, and where
+# these stand in the ledger for the relay. $1 to $5 are the keys in order, each with its whole demand, the
+# number of its holds, and where these begin in $6 to $13, which are the holds in order of their keys, with
+# a running sum of units for each key. A key that is short does not come back from `taken`: then dividing
+# by zero undoes it all. The time is that at which the last key was locked.
+PLACE = f"""
+WITH taken AS (
+  UPDATE stock SET held = stock.held + demand.quantity, version = stock.version + demand.holds,
+                   updated_at = clock_timestamp()
+  FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::int[])
+    AS demand (sku, location, quantity, holds, first)
+  WHERE stock.sku = demand.sku AND stock.location = demand.location AND stock.active
+    AND on_hand - stock.held - safety_stock + backorder_limit >= demand.quantity
+  RETURNING {STOCK_COLUMNS}, clock_timestamp() AS time, demand.quantity, demand.holds, demand.first
+), paid AS (
+  SELECT max(time) AS time FROM taken HAVING 1 / (count(*) = cardinality($1))::int = 1
+), placed AS (
+  INSERT INTO hold (sku, hold_id, slot, location, quantity, held, fingerprint, created_at, expires_at)
+  SELECT part.sku, hold_id, slot, location, quantity, quantity, fingerprint, paid.time, paid.time + ttl
+  FROM unnest($9::text[], $6::text[], $10::smallint[], $11::text[], $7::bigint[], $12::bytea[], $13::interval[])
+    AS part (sku, hold_id, slot, location, quantity, fingerprint, ttl) CROSS JOIN paid
+), moved AS (
+  INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
+                        short, safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
+  SELECT taken.sku, taken.location, taken.version - taken.holds + part.ordinal, 'HOLD', 0, part.quantity, 0,
+         taken.on_hand, taken.held - taken.quantity + part.running, taken.short, taken.safety_stock,
+         taken.backorder_limit, part.hold_id, part.hold_id, '', paid.time
+  FROM paid CROSS JOIN taken CROSS JOIN LATERAL unnest(
+    ($6::text[])[taken.first : taken.first + taken.holds - 1],
+    ($7::bigint[])[taken.first : taken.first + taken.holds - 1],
+    ($8::bigint[])[taken.first : taken.first + taken.holds - 1]
+  ) WITH ORDINALITY AS part (hold_id, quantity, running, ordinal)
+  RETURNING sku, location, version
+), told AS (
+  INSERT INTO movement_outbox (skus, locations, versions, recorded_at, traceparent)
+  SELECT array_agg(sku), array_agg(location), array_agg(version), min(paid.time), $14
+  FROM moved CROSS JOIN paid
+)
+SELECT {STOCK_COLUMNS.replace("stock.", "taken.")}, paid.time FROM taken CROSS JOIN paid
 """
 # Locks rows and reads them as they are under the lock. An UPDATE, because a sharded database refuses
 # SELECT ... FOR UPDATE over several shards.
@@ -132,7 +164,7 @@ ORDER BY hold.sku, hold.location, hold.expires_at
 # Which holds' time has come: unlocked, only to know which keys to lock.
 EXPIRED = """
 SELECT DISTINCT sku, location FROM (
-  SELECT sku, location FROM hold WHERE held > 0 AND expires_at <= clock_timestamp()
+  SELECT sku, location FROM hold WHERE held > 0 AND expires_at <= now()
   ORDER BY expires_at LIMIT $1
 ) AS due
 """
@@ -164,13 +196,31 @@ SELECT key, request_id, fingerprint, outcome, refusal::jsonb
 FROM unnest($1::text[], $2::text[], $3::bytea[], $4::bytea[], $5::text[])
   AS new (key, request_id, fingerprint, outcome, refusal)
 """
+# Movements, and where they stand for the relay.
 INSERT_MOVEMENTS = """
-INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
-                      short, safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
-SELECT new.*, $16::timestamptz
-FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[],
-            $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bigint[], $13::text[], $14::text[],
-            $15::text[]) AS new
+WITH moved AS (
+  INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
+                        short, safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
+  SELECT new.*, $16::timestamptz
+  FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[],
+              $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bigint[], $13::text[], $14::text[],
+              $15::text[]) AS new
+  RETURNING sku, location, version
+)
+INSERT INTO movement_outbox (skus, locations, versions, recorded_at, traceparent)
+SELECT array_agg(sku), array_agg(location), array_agg(version), $16::timestamptz, $17 FROM moved
+"""
+# The oldest groups of movements to be sent, in order of version for each key.
+UNSENT_MOVEMENTS = """
+SELECT waiting.id, waiting.event_id, waiting.traceparent, movement.*
+FROM (SELECT * FROM movement_outbox ORDER BY id LIMIT $1) AS waiting
+  CROSS JOIN LATERAL unnest(skus, locations, versions) AS part (sku, location, version)
+  JOIN movement ON movement.sku = part.sku AND movement.location = part.location
+    AND movement.version = part.version AND movement.recorded_at = waiting.recorded_at
+ORDER BY waiting.id, movement.sku, movement.location, movement.version
+"""
+DELETE_SENT_MOVEMENTS = """
+DELETE FROM movement_outbox USING unnest($1::bigint[]) AS sent (id) WHERE movement_outbox.id = sent.id
 """
 # Watched keys that have moved on since the caller's version.
 MOVED = """
@@ -302,16 +352,39 @@ def _stock(row: Record) -> Stock:
     return Stock(*tuple(row)[:9])
 
 
-async def take(
-    connection: Connection, demand: Mapping[Key, tuple[int, int]]
-) -> tuple[dict[Key, Stock], datetime | None]:
-    """Hold `demand` (units, holds) of each key; keys that are short do not come back.
+async def place(
+    connection: Connection, holds: Sequence[HoldRequest], traceparent: str = ""
+) -> tuple[dict[Key, Stock], datetime]:
+    """Place holds whose lines all name their location, and commit; the stock afterwards, and the time.
 
-    The time is that of the last row locked, None when none was.
+    Raises asyncpg.DivisionByZeroError where a key is short, UniqueViolationError where a hold is known.
     """
-    keys = sorted(demand)
-    rows = await connection.fetch(TAKE, *split(keys), *split(demand[key] for key in keys))
-    return {(row["sku"], row["location"]): _stock(row) for row in rows}, _latest(rows)
+    parts: dict[Key, list[tuple[str, int, int, int, str, str, bytes, timedelta]]] = {}
+    for hold in holds:
+        slots: dict[str, int] = {}
+        for line in hold.lines:
+            slot = slots[line.sku] = slots.get(line.sku, -1) + 1
+            part = parts.setdefault((line.sku, line.location), [])
+            running = line.quantity + (part[-1][2] if part else 0)
+            part.append(
+                (
+                    hold.hold_id, line.quantity, running, slot, line.sku, line.location, hold.fingerprint,
+                    hold.ttl,
+                )
+            )  # fmt: skip
+    demand: list[tuple[str, str, int, int, int]] = []
+    first = 1
+    for key in sorted(parts):
+        part = parts[key]
+        demand.append((*key, part[-1][2], len(part), first))
+        first += len(part)
+    ordered = (row for key in sorted(parts) for row in parts[key])
+    ids, quantities, running_sums, slot_numbers, skus, locations, fingerprints, ttls = zip(*ordered, strict=True)
+    rows = await connection.fetch(
+        PLACE, *split(demand), ids, quantities, running_sums, skus, slot_numbers, locations, fingerprints, ttls,
+        traceparent,
+    )  # fmt: skip
+    return {(row["sku"], row["location"]): _stock(row) for row in rows}, rows[0]["time"]
 
 
 async def lock(connection: Connection, keys: Iterable[Key]) -> tuple[dict[Key, Stock], datetime]:
@@ -520,7 +593,10 @@ async def insert_requests(connection: Connection, requests: Iterable[Request]) -
         await connection.execute(INSERT_REQUESTS, *split(rows))
 
 
-async def insert_movements(connection: Connection, movements: Sequence[Movement], now: datetime) -> None:
+async def insert_movements(
+    connection: Connection, movements: Sequence[Movement], now: datetime, traceparent: str = ""
+) -> None:
+    """Write movements into the ledger, and tell the relay where they stand."""
     if not movements:
         return
     columns = split(
@@ -531,7 +607,11 @@ async def insert_movements(connection: Connection, movements: Sequence[Movement]
         )
         for m in movements
     )  # fmt: skip
-    await connection.execute(INSERT_MOVEMENTS, *columns, now)
+    await connection.execute(INSERT_MOVEMENTS, *columns, now, traceparent)
+
+
+async def unsent_movements(connection: Connection, groups_max: int) -> list[Record]:
+    return list(await connection.fetch(UNSENT_MOVEMENTS, groups_max))
 
 
 async def movements_after(

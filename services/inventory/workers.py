@@ -1,6 +1,6 @@
 """What inventory does without being asked: relay, sweep, reconcile, make partitions, obey commands.
 
-Relay, sweeper, reconciler and partitions run on one pod at a time, by a lock in Redis that saves work
+Relays, sweeper, reconciler and partitions run on one pod at a time, by a lock in Redis that saves work
 and decides nothing: two at once do no harm, and with Redis away each pod runs its own.
 """
 
@@ -19,13 +19,22 @@ from services.inventory.domain import Adjustment, Reason
 from services.inventory.settings import Settings
 from shared import check, workers
 from shared.consumer import Busy, Consumer, Message, Poison
-from shared.database import Database
+from shared.database import Connection, Database
+from shared.outbox import OUTBOX, Group, Source
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
 MONTHS_AHEAD = 3
 PARTITIONS_SECONDS = 3600
 GROUP = "holdfast.inventory"
+
+
+async def unsent_movements(connection: Connection, groups_max: int) -> list[Group]:
+    """The oldest movements to be sent, as events made from their rows of the ledger."""
+    return codec.moved(await store.unsent_movements(connection, groups_max))
+
+
+MOVEMENTS = Source(unsent_movements, store.DELETE_SENT_MOVEMENTS)
 
 
 class Workers:
@@ -40,10 +49,14 @@ class Workers:
     async def run(self) -> None:
         """Run every worker; a fault in one is logged and it starts again, the others go on."""
         settings = self._settings
+
+        def relay(source: Source) -> workers.Work:
+            poll_seconds = settings.relay_poll_seconds
+            return lambda: workers.relay(self._database, settings.kafka_bootstrap, settings.pod, poll_seconds, source)
+
         alone: dict[str, workers.Work] = {
-            "relay": lambda: workers.relay(
-                self._database, settings.kafka_bootstrap, settings.pod, settings.relay_poll_seconds
-            ),
+            "movements": relay(MOVEMENTS),
+            "catalog": relay(OUTBOX),
             "sweeper": lambda: workers.forever(self._sweep, settings.sweep_poll_seconds),
             "reconciler": lambda: workers.forever(self._reconcile, settings.reconcile_poll_seconds),
             "partitions": lambda: workers.forever(self._partitions, PARTITIONS_SECONDS),

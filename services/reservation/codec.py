@@ -6,7 +6,19 @@ from datetime import timedelta
 from holdfast.reservation.v1 import error_reason_pb2, events_pb2
 from holdfast.reservation.v1 import reservation_pb2 as pb
 
-from services.reservation.domain import Action, Ask, Change, ChangeLine, Line, Mode, Reason, Reservation, State
+from services.reservation.domain import (
+    Action,
+    Allocation,
+    Ask,
+    Change,
+    ChangeLine,
+    Held,
+    Line,
+    Mode,
+    Reason,
+    Reservation,
+    State,
+)
 from shared import check
 from shared.errors import ErrorMap
 from shared.outbox import Event
@@ -14,6 +26,7 @@ from shared.refusal import Refusal
 from shared.wire import fingerprint, timestamp
 
 CHANGES_TOPIC = "holdfast.reservation.changes.v1"
+CHANGED_TYPE = events_pb2.ReservationChanged.DESCRIPTOR.full_name
 LINES_MAX = 2_000
 
 _MODES = {
@@ -148,11 +161,30 @@ def reservation(value: Reservation) -> pb.Reservation:
     )
 
 
-def reserved(value: Reservation, *, replayed: bool) -> pb.ReserveResponse:
-    rejected = value.state is State.REJECTED
+def made(ask: Ask, held: Held) -> pb.Reservation:
+    """A reservation as it was just decided."""
+    return reservation(
+        Reservation(
+            ask.reservation_id,
+            ask.customer_id,
+            State.HELD if held.allocations else State.REJECTED,
+            ask.mode,
+            ask.fingerprint,
+            ask.lines,
+            tuple(Allocation(*part) for part in held.allocations),
+            held.short_lines,
+            held.expires_at,
+            held.placed_at,
+            held.placed_at,
+        )
+    )
+
+
+def reserved(value: pb.Reservation, *, replayed: bool) -> pb.ReserveResponse:
+    rejected = value.state == pb.RESERVATION_STATE_REJECTED
     return pb.ReserveResponse(
         outcome=pb.RESERVE_OUTCOME_REJECTED if rejected else pb.RESERVE_OUTCOME_HELD,
-        reservation=reservation(value),
+        reservation=value,
         replayed=replayed,
     )
 
@@ -166,14 +198,13 @@ def item_error(refusal: Refusal, errors: ErrorMap) -> pb.ItemError:
     )
 
 
+def changed_payload(value: pb.Reservation, request_id: str = "") -> bytes:
+    return events_pb2.ReservationChanged(reservation=value, request_id=request_id).SerializeToString()
+
+
 def changed(values: Iterable[tuple[Reservation, str]]) -> list[Event]:
     """The events of reservations as they now are, each with the request that changed it."""
     return [
-        Event(
-            CHANGES_TOPIC,
-            value.reservation_id,
-            "holdfast.reservation.v1.ReservationChanged",
-            events_pb2.ReservationChanged(reservation=reservation(value), request_id=request_id).SerializeToString(),
-        )
+        Event(CHANGES_TOPIC, value.reservation_id, CHANGED_TYPE, changed_payload(reservation(value), request_id))
         for value, request_id in values
     ]

@@ -7,11 +7,11 @@ from collections.abc import Sequence
 from datetime import datetime, timedelta
 
 import structlog
+from holdfast.reservation.v1.reservation_pb2 import Reservation as Message
 
 from services.reservation import codec, domain, store
 from services.reservation.domain import (
     Action,
-    Allocation,
     Ask,
     Change,
     Changed,
@@ -23,11 +23,12 @@ from services.reservation.domain import (
 )
 from services.reservation.inventory import Inventory
 from shared import outbox
-from shared.database import Connection, Database
+from shared.database import ATTEMPTS_MAX, RETRIED, Connection, Database, unavailable
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
 Outcome = tuple[Reservation, bool]  # the reservation, and whether the request was known
+Told = tuple[Message, bool]  # the same, as it is sent
 
 EXPIRE_MAX = 500
 DRIVE_MAX = 500
@@ -42,7 +43,7 @@ class Commands:
 
     # -- reserve ----------------------------------------------------------------------------------
 
-    async def reserve(self, asks: Sequence[Ask]) -> list[Outcome | Refusal]:
+    async def reserve(self, asks: Sequence[Ask]) -> list[Told | Refusal]:
         """Decide a batch. Raises Refusal INVENTORY_UNAVAILABLE or DATABASE_UNAVAILABLE for all of it."""
         first = {ask.reservation_id: ask for ask in reversed(asks)}
         unique = list({ask.reservation_id: first[ask.reservation_id] for ask in asks}.values())
@@ -51,51 +52,46 @@ class Commands:
         refused = {
             ask.reservation_id: held for ask, held in zip(unique, answers, strict=True) if isinstance(held, Refusal)
         }
-        made: dict[str, Reservation] = {}
+        made = await self._insert(decided)
         known: dict[str, Reservation] = {}
-        if decided:
-            made = await self._database.run(lambda connection: self._insert(connection, decided))
         doubtful = [ask.reservation_id for ask in unique if ask.reservation_id not in made]
         if doubtful:
             async with self._database.connection() as connection:
                 known = await store.read(connection, doubtful)
         await self._give_back([pair for pair in decided if _unwanted(pair, known)])
 
-        outcomes: list[Outcome | Refusal] = []
+        outcomes: list[Told | Refusal] = []
         told: set[str] = set()
         for ask in asks:
             name = ask.reservation_id
-            reservation = made.get(name) or known.get(name)
-            if reservation is None:
+            content, message = made.get(name) or (b"", None)
+            if message is None and name in known:
+                content, message = known[name].fingerprint, codec.reservation(known[name])
+            if message is None:
                 outcomes.append(refused[name])
-            elif reservation.fingerprint != ask.fingerprint:
+            elif content != ask.fingerprint:
                 outcomes.append(reused(name))
             else:
-                outcomes.append((reservation, name in known or name in told))
+                outcomes.append((message, name in known or name in told))
             told.add(name)
         return outcomes
 
-    async def _insert(self, connection: Connection, decided: Sequence[tuple[Ask, Held]]) -> dict[str, Reservation]:
-        times = await store.insert(connection, decided)
-        made = {
-            ask.reservation_id: Reservation(
-                ask.reservation_id,
-                ask.customer_id,
-                State.HELD if held.allocations else State.REJECTED,
-                ask.mode,
-                ask.fingerprint,
-                ask.lines,
-                tuple(Allocation(*part) for part in held.allocations),
-                held.short_lines,
-                held.expires_at,
-                times[ask.reservation_id],
-                times[ask.reservation_id],
-            )
-            for ask, held in decided
-            if ask.reservation_id in times
-        }
-        await outbox.write(connection, codec.changed((value, name) for name, value in made.items()))
-        return made
+    async def _insert(self, decided: Sequence[tuple[Ask, Held]]) -> dict[str, tuple[bytes, Message]]:
+        """Insert reservations that are new, with their events; return each one's fingerprint and message."""
+        fresh = {ask.reservation_id: (ask, held, codec.made(ask, held)) for ask, held in decided}
+        for _ in range(ATTEMPTS_MAX):
+            if not fresh:
+                return {}
+            rows = [(ask, held, codec.changed_payload(message)) for ask, held, message in fresh.values()]
+            async with self._database.connection() as connection:
+                try:
+                    await store.insert(connection, rows, codec.CHANGES_TOPIC, codec.CHANGED_TYPE)
+                except RETRIED:
+                    for name in await store.known(connection, fresh):
+                        del fresh[name]
+                else:
+                    return {name: (ask.fingerprint, message) for name, (ask, _, message) in fresh.items()}
+        raise unavailable()
 
     async def _give_back(self, held: Sequence[tuple[Ask, Held]]) -> None:
         if held:

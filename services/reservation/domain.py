@@ -107,10 +107,11 @@ class Ask:
 
 @dataclass(frozen=True, slots=True)
 class Held:
-    """Inventory's answer to a Reserve: what it allocated (nothing: refused) and until when."""
+    """Inventory's answer to a Reserve: what it allocated (nothing: refused), when, and until when."""
 
     allocations: tuple[tuple[str, str, int], ...]
     short_lines: tuple[ShortLine, ...]
+    placed_at: datetime
     expires_at: datetime
     replayed: bool
 

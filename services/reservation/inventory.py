@@ -1,15 +1,14 @@
 """Inventory as reservation sees it: batches of holds in, this service's own data and refusals out."""
 
 from collections.abc import Iterable, Sequence
-from datetime import UTC, datetime
 
 import grpc
-from google.protobuf.duration_pb2 import Duration
 from holdfast.inventory.v1 import error_reason_pb2, inventory_pb2, inventory_pb2_grpc
 
 from services.reservation.domain import Action, Ask, Change, Changed, Held, Mode, Reason, Reservation, ShortLine
 from shared.errors import refusal_of
 from shared.refusal import Refusal
+from shared.wire import duration, moment
 
 _MODES = {
     Mode.ALL: inventory_pb2.HOLD_MODE_ALL,
@@ -105,8 +104,6 @@ class Inventory:
 
 
 def _hold(ask: Ask) -> inventory_pb2.HoldRequest:
-    ttl = Duration()
-    ttl.FromTimedelta(ask.ttl)
     return inventory_pb2.HoldRequest(
         hold_id=ask.reservation_id,
         lines=[
@@ -116,7 +113,7 @@ def _hold(ask: Ask) -> inventory_pb2.HoldRequest:
             for line in ask.lines
         ],
         mode=_MODES[ask.mode],
-        ttl=ttl,
+        ttl=duration(ask.ttl),
     )
 
 
@@ -129,15 +126,9 @@ def _hold_change(change: Change, reservation: Reservation) -> inventory_pb2.Hold
 
 
 def _extension(change: Change, reservation: Reservation) -> inventory_pb2.HoldExtension:
-    ttl = Duration()
-    ttl.FromTimedelta(change.ttl)
     return inventory_pb2.HoldExtension(
-        hold_id=change.reservation_id, request_id=change.request_id, skus=reservation.skus, ttl=ttl
+        hold_id=change.reservation_id, request_id=change.request_id, skus=reservation.skus, ttl=duration(change.ttl)
     )
-
-
-def _time(result: inventory_pb2.HoldResult | inventory_pb2.HoldChangeResult) -> datetime:
-    return result.expire_time.ToDatetime(tzinfo=UTC)
 
 
 def _parts(
@@ -155,17 +146,17 @@ def _placed(result: inventory_pb2.HoldResult) -> Held | Refusal:
             line.location,
             line.requested,
             line.available,
-            line.next_expiry.ToDatetime(tzinfo=UTC) if line.HasField("next_expiry") else None,
+            moment(line.next_expiry) if line.HasField("next_expiry") else None,
         )
         for line in result.short_lines
     )
-    return Held(_parts(result), short_lines, _time(result), result.replayed)
+    return Held(_parts(result), short_lines, moment(result.place_time), moment(result.expire_time), result.replayed)
 
 
 def _changed(result: inventory_pb2.HoldChangeResult) -> Changed | Refusal:
     if result.HasField("error"):
         return _refusal(result.hold_id, result.error)
-    return Changed(_parts(result), _time(result))
+    return Changed(_parts(result), moment(result.expire_time))
 
 
 def _refusal(hold_id: str, error: inventory_pb2.ItemError) -> Refusal:

@@ -9,7 +9,7 @@ from holdfast.reservation.v1 import reservation_pb2 as pb
 from holdfast.reservation.v1 import reservation_pb2_grpc
 
 from services.reservation import codec, store
-from services.reservation.commands import Commands, Outcome
+from services.reservation.commands import Commands, Outcome, Told
 from services.reservation.domain import Action, Ask, Change, Reason, Reservation
 from services.reservation.settings import Settings
 from shared import check, pages
@@ -59,7 +59,7 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
             "queue_items_max": settings.queue_items_max,
             "queue_bytes_max": settings.queue_bytes_max,
         }
-        self._reserve: Batcher[Ask, Outcome] = Batcher("reserves", commands.reserve, **bounds)
+        self._reserve: Batcher[Ask, Told] = Batcher("reserves", commands.reserve, **bounds)
         self._change: Batcher[Change, Outcome] = Batcher("changes", commands.change, **bounds)
 
     async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:

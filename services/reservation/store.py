@@ -27,23 +27,29 @@ from services.reservation.domain import (
 from shared.database import Connection, Record, fetch
 from shared.refusal import Refusal
 
-# A known id does not come back: its first outcome stands.
-INSERT_RESERVATIONS = """
-INSERT INTO reservation (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at)
-SELECT reservation_id, customer_id, state, mode, fingerprint, short_lines::jsonb, expires_at
-FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::timestamptz[])
-  AS new (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at)
-ON CONFLICT DO NOTHING
-RETURNING reservation_id, created_at
+# New reservations with all that belongs to them and their events, in one statement and one round trip.
+# One that is known undoes it all: then `KNOWN` tells which, and the others are inserted again.
+INSERT = """
+WITH made AS (
+  INSERT INTO reservation (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at,
+                           created_at, updated_at)
+  SELECT reservation_id, customer_id, state, mode, fingerprint, short_lines::jsonb, expires_at, created_at, created_at
+  FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::timestamptz[],
+              $8::timestamptz[])
+    AS new (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at, created_at)
+), lines AS (
+  INSERT INTO reservation_line (reservation_id, line_no, sku, location, quantity, minimum, currency_code, price_micros)
+  SELECT * FROM unnest($9::text[], $10::smallint[], $11::text[], $12::text[], $13::bigint[], $14::bigint[],
+                       $15::text[], $16::bigint[])
+), allocations AS (
+  INSERT INTO allocation (reservation_id, sku, location, held)
+  SELECT * FROM unnest($17::text[], $18::text[], $19::text[], $20::bigint[])
+)
+INSERT INTO outbox (topic, type, keys, payloads, traceparent) VALUES ($21, $22, $1, $23, $24)
 """
-INSERT_LINES = """
-INSERT INTO reservation_line (reservation_id, line_no, sku, location, quantity, minimum, currency_code, price_micros)
-SELECT * FROM unnest($1::text[], $2::smallint[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::text[],
-                     $8::bigint[])
-"""
-INSERT_ALLOCATIONS = """
-INSERT INTO allocation (reservation_id, sku, location, held)
-SELECT * FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[])
+KNOWN = """
+SELECT reservation.reservation_id FROM unnest($1::text[]) AS asked (reservation_id)
+  JOIN reservation ON reservation.reservation_id = asked.reservation_id
 """
 READ_RESERVATIONS = """
 SELECT reservation.* FROM unnest($1::text[]) AS asked (reservation_id)
@@ -137,32 +143,36 @@ def columns(rows: Iterable[Sequence[Any]], count: int) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(count)]
 
 
-async def insert(connection: Connection, decided: Sequence[tuple[Ask, Held]]) -> dict[str, datetime]:
-    """Insert reservations that are new; return their ids and times."""
-    ordered = sorted(decided, key=lambda pair: pair[0].reservation_id)
+async def insert(
+    connection: Connection, decided: Sequence[tuple[Ask, Held, bytes]], topic: str, kind: str, traceparent: str = ""
+) -> None:
+    """Insert reservations, each with the payload of its event, and commit.
+
+    Raises asyncpg.UniqueViolationError where one is known; then none is inserted.
+    """
+    ordered = sorted(decided, key=lambda one: one[0].reservation_id)
     rows = [
         (
             ask.reservation_id, ask.customer_id, (State.HELD if held.allocations else State.REJECTED).value,
-            ask.mode.value, ask.fingerprint, _short_json(held.short_lines), held.expires_at,
+            ask.mode.value, ask.fingerprint, _short_json(held.short_lines), held.expires_at, held.placed_at,
         )
-        for ask, held in ordered
+        for ask, held, _ in ordered
     ]  # fmt: skip
-    made = {
-        row["reservation_id"]: row["created_at"]
-        for row in await connection.fetch(INSERT_RESERVATIONS, *columns(rows, 7))
-    }
-    fresh = [(ask, held) for ask, held in ordered if ask.reservation_id in made]
     lines = [
         (ask.reservation_id, no, x.sku, x.location, x.quantity, x.minimum, x.currency_code, x.price_micros)
-        for ask, _ in fresh
+        for ask, _, _ in ordered
         for no, x in enumerate(ask.lines)
     ]
-    allocations = [(ask.reservation_id, *part) for ask, held in fresh for part in held.allocations]
-    if lines:
-        await connection.execute(INSERT_LINES, *columns(lines, 8))
-    if allocations:
-        await connection.execute(INSERT_ALLOCATIONS, *columns(allocations, 4))
-    return made
+    allocations = [(ask.reservation_id, *part) for ask, held, _ in ordered for part in held.allocations]
+    payloads = [payload for _, _, payload in ordered]
+    await connection.execute(
+        INSERT, *columns(rows, 8), *columns(lines, 8), *columns(allocations, 4), topic, kind, payloads, traceparent
+    )
+
+
+async def known(connection: Connection, ids: Iterable[str]) -> set[str]:
+    """Which of these are there."""
+    return {row["reservation_id"] for row in await connection.fetch(KNOWN, sorted(set(ids)))}
 
 
 def _short_json(lines: Sequence[ShortLine]) -> str | None:

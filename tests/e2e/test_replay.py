@@ -23,7 +23,10 @@ INVOICES, OPENING = 2_000, 300
 async def emptied(stack: Stack) -> None:
     """Take what other tests left behind, so that sums are this test's alone."""
     for name, tables in (
-        ("inventory", "location, sku, stock, hold, hold_change, request, movement, checkpoint, outbox"),
+        (
+            "inventory",
+            "location, sku, stock, hold, hold_change, request, movement, checkpoint, movement_outbox, outbox",
+        ),
         ("reservation", "reservation, reservation_line, allocation, reservation_change, outbox"),
     ):
         connection = await asyncpg.connect(stack.postgres_dsn(name))

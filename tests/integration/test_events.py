@@ -12,7 +12,7 @@ from holdfast.inventory.v1 import inventory_pb2 as ip
 from deploy.local.stack import Stack, Topic
 from services.inventory import codec
 from services.inventory.commands import Commands
-from services.inventory.workers import obey
+from services.inventory.workers import MOVEMENTS, obey
 from shared.consumer import Busy, Consumer, DeadLetterLimitError, Message, Poison, dead_letters, replay
 from shared.database import Database
 from shared.outbox import Event, Relay, producer, write
@@ -52,7 +52,7 @@ class CrashingRelay(Relay):
 
     crash = False
 
-    async def relay_once(self, events_max: int = 2000) -> int:
+    async def relay_once(self, groups_max: int = 2000) -> int:
         connection = self._database.connection
         calls = 0
 
@@ -65,7 +65,7 @@ class CrashingRelay(Relay):
 
         self._database.connection = guarded  # type: ignore[method-assign, assignment]
         try:
-            return await super().relay_once(events_max)
+            return await super().relay_once(groups_max)
         finally:
             del self._database.connection
 
@@ -78,18 +78,18 @@ async def test_a_relay_killed_before_it_deletes_loses_and_reorders_nothing(
     stack.create_topics(Topic(topic))
     keys = [f"k{n}" for n in range(5)]
     async with inventory_db.connection() as connection, connection.transaction():
-        events = [Event(topic, key, "t", f"{key}:{v}".encode()) for v in range(1, 41) for key in keys]
-        await write(connection, events)
+        for v in range(1, 41):
+            await write(connection, [Event(topic, key, "t", f"{key}:{v}".encode()) for key in keys])
     relay = CrashingRelay(inventory_db, sender)
     for turn in range(4):
         relay.crash = turn % 2 == 0
         try:
-            await relay.relay_once(events_max=70)
+            await relay.relay_once(groups_max=14)
         except Crash:
             continue
     relay.crash = False
     other = Relay(inventory_db, sender)
-    while sum(await asyncio.gather(relay.relay_once(30), other.relay_once(30))):
+    while sum(await asyncio.gather(relay.relay_once(6), other.relay_once(6))):
         pass
     async with inventory_db.connection() as connection:
         assert await connection.fetchval("SELECT count(*) FROM outbox") == 0
@@ -117,7 +117,7 @@ async def test_every_change_is_an_event_in_version_order(
     assert await commands.sweep() == 1
     assert await commands.sweep() == 0
     stack.create_topics(Topic(codec.MOVEMENTS_TOPIC))
-    await Relay(inventory_db, sender).relay_once()
+    await Relay(inventory_db, sender, MOVEMENTS).relay_once()
     consumer = AIOKafkaConsumer(
         codec.MOVEMENTS_TOPIC, bootstrap_servers=stack.kafka_bootstrap, auto_offset_reset="earliest"
     )

@@ -37,7 +37,9 @@ async def large(inventory_db: Database) -> Database:
 
 
 HOT = {
-    "TAKE": f"{KEYS}, array[1, 1], array[1, 1]",
+    "PLACE": f"{KEYS}, array[1, 1], array[1, 1], array[1, 2], array['h', 'h'], array[1, 1], array[1, 1],"
+    " array['S000100', 'S000200'], array[0, 0], array['MAIN', 'MAIN'], array[''::bytea, ''],"
+    " array[interval '1 h', '1 h'], ''",
     "LOCK": KEYS,
     "READ_STOCK": KEYS,
     "READ_HOLDS": IDS,
@@ -69,6 +71,7 @@ async def test_inventory_reads_and_writes_by_index(large: Database) -> None:
         ("READ_ALLOCATIONS", "array['a', 'b']"),
         ("READ_CHANGES", "array['a', 'b'], array['r', 'r']"),
         ("LOCK", "array['a', 'b']"),
+        ("KNOWN", "array['a', 'b']"),
         ("MOVE", "array['a'], array['A'], array['X'], array[1], array[0], array[0]"),
         ("PENDING_CHANGES", "interval '5 s', 10"),
         ("DUE", "10"),
@@ -82,7 +85,9 @@ async def test_reservation_reads_and_writes_by_index(reservation_db: Database, n
 async def test_the_relay_reads_and_deletes_by_index(inventory_db: Database) -> None:
     """The oldest events by id, what was sent by key and id."""
     await assert_by_index(inventory_db, outbox.PEEK, "10")
-    await assert_by_index(inventory_db, outbox.DELETE, "array['k'], array[1]")
+    await assert_by_index(inventory_db, inventory.UNSENT_MOVEMENTS, "10")
+    await assert_by_index(inventory_db, inventory.DELETE_SENT_MOVEMENTS, "array[1]")
+    await assert_by_index(inventory_db, outbox.DELETE, "array[1]")
 
 
 async def assert_by_index(database: Database, statement: str, arguments: str) -> None:

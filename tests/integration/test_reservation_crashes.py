@@ -4,9 +4,10 @@ from collections.abc import AsyncIterator
 from datetime import timedelta
 
 import pytest
+from holdfast.reservation.v1.reservation_pb2 import RESERVATION_STATE_HELD
 
 from deploy.local.supervisor import Supervisor
-from services.reservation.commands import Commands, Outcome
+from services.reservation.commands import Commands, Outcome, Told
 from services.reservation.domain import Action, Ask, Change, ChangeLine, Line, Mode, Reservation, State
 from services.reservation.inventory import Inventory
 from shared.channel import open_channel
@@ -43,6 +44,13 @@ def value(outcome: Outcome | Refusal) -> Reservation:
     return outcome[0]
 
 
+def held(outcome: Told | Refusal) -> str:
+    """The id of a reservation that is held."""
+    assert not isinstance(outcome, Refusal), outcome
+    assert outcome[0].state == RESERVATION_STATE_HELD
+    return outcome[0].reservation_id
+
+
 async def test_dead_between_hold_and_row(
     reservations: Commands, holdfast: Holdfast, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -50,7 +58,7 @@ async def test_dead_between_hold_and_row(
     sku = await goods(holdfast, 5)
     asked = ask(sku, 3)
 
-    async def dies(_connection: Connection, _decided: object) -> None:
+    async def dies(_decided: object) -> None:
         raise Crash
 
     with monkeypatch.context() as patch:
@@ -58,7 +66,7 @@ async def test_dead_between_hold_and_row(
         with pytest.raises(Crash):
             await reservations.reserve([asked])
     (outcome,) = await reservations.reserve([asked])
-    assert value(outcome).state is State.HELD
+    assert held(outcome) == asked.reservation_id
     assert (await stock(holdfast, sku, min_version=2)).held == 3
 
 
@@ -68,7 +76,7 @@ async def test_dead_between_inventory_and_booking(
     """What inventory sold is booked by the driver or by the retry, once."""
     sku = await goods(holdfast, 10)
     (made,) = await reservations.reserve([ask(sku, 6)])
-    name = value(made).reservation_id
+    name = held(made)
     part = change(name, Action.CONFIRM, ChangeLine(sku, "", 2), request_id="first")
     other = change(name, Action.CANCEL, ChangeLine(sku, "", 1), request_id="second")
 
@@ -97,7 +105,7 @@ async def test_an_unbooked_sale_is_not_taken_for_expired(
     """The sweeper books what inventory says has expired; the sale waits for its own booking."""
     sku = await goods(holdfast, 10)
     (made,) = await reservations.reserve([ask(sku, 6, ttl_seconds=1)])
-    name = value(made).reservation_id
+    name = held(made)
     part = change(name, Action.CONFIRM, ChangeLine(sku, "", 2))
 
     async def dies(_connection: Connection, _done: object) -> None:
@@ -122,7 +130,7 @@ async def test_a_refused_change_stays_refused(reservations: Commands, holdfast: 
     """What was refused once is refused again by the same id, with the same words."""
     sku = await goods(holdfast, 10)
     (made,) = await reservations.reserve([ask(sku, 2)])
-    name = value(made).reservation_id
+    name = held(made)
     (first,) = await reservations.change([change(name, Action.CONFIRM, ChangeLine(sku, "", 3))])
     (again,) = await reservations.change([change(name, Action.CONFIRM, ChangeLine(sku, "", 3))])
     (other,) = await reservations.change([change(name, Action.CONFIRM, ChangeLine(sku, "", 1))])
@@ -137,9 +145,9 @@ async def test_other_content_under_an_id_gives_back_what_it_held(reservations: C
     """Two requests with one id and nothing in common: the first stands, the second's stock is free again."""
     first, second = await goods(holdfast, 5), await goods(holdfast, 5)
     asked = ask(first, 1)
-    (held,) = await reservations.reserve([asked])
+    (first_held,) = await reservations.reserve([asked])
     (refused,) = await reservations.reserve([ask(second, 1, name=asked.reservation_id)])
-    assert value(held).state is State.HELD
+    assert held(first_held) == asked.reservation_id
     assert isinstance(refused, Refusal)
     assert refused.reason == "REQUEST_ID_REUSED"
     assert (await stock(holdfast, second, min_version=3)).held == 0

@@ -139,20 +139,37 @@ STATEMENTS = (
         PRIMARY KEY (sku, location)
     ) WITH (fillfactor = 70)
     """,
+    # Where in the ledger the movements stand that are still to be sent (`store.UNSENT_MOVEMENTS`).
     """
-    CREATE TABLE outbox (
-        key text COLLATE "C" NOT NULL,
-        id bigint GENERATED ALWAYS AS IDENTITY,
-        event_id uuid NOT NULL,
-        topic text NOT NULL,
-        type text NOT NULL,
-        payload bytea NOT NULL,
+    CREATE TABLE movement_outbox (
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        event_id uuid NOT NULL DEFAULT gen_random_uuid(),
+        skus text[] NOT NULL,
+        locations text[] NOT NULL,
+        versions bigint[] NOT NULL,
+        recorded_at timestamptz NOT NULL,
         traceparent text NOT NULL,
-        created_at timestamptz NOT NULL DEFAULT now(),
-        PRIMARY KEY (key, id)
+        created_at timestamptz NOT NULL DEFAULT now()
     )
     """,
-    "CREATE INDEX outbox_by_id ON outbox (id)",
+    """
+    CREATE TABLE outbox (
+        id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
+        event_id uuid NOT NULL DEFAULT gen_random_uuid(),
+        topic text NOT NULL,
+        type text NOT NULL,
+        keys text[] NOT NULL,
+        payloads bytea[] NOT NULL,
+        traceparent text NOT NULL,
+        created_at timestamptz NOT NULL DEFAULT now()
+    )
+    """,
+    # Groups live for milliseconds: compressing them would cost more than it saves.
+    "ALTER TABLE outbox ALTER COLUMN payloads SET STORAGE EXTERNAL, ALTER COLUMN keys SET STORAGE EXTERNAL",
+    """
+    ALTER TABLE movement_outbox ALTER COLUMN skus SET STORAGE EXTERNAL,
+        ALTER COLUMN locations SET STORAGE EXTERNAL, ALTER COLUMN versions SET STORAGE EXTERNAL
+    """,
     # Months ahead are made by a worker (`store.make_partitions`), which does the same.
     """
     DO $$
