@@ -210,13 +210,16 @@ WITH moved AS (
 INSERT INTO movement_outbox (skus, locations, versions, recorded_at, traceparent)
 SELECT array_agg(sku), array_agg(location), array_agg(version), $16::timestamptz, $17 FROM moved
 """
-# The oldest groups of movements to be sent, in order of version for each key.
+# The oldest groups of movements to be sent, in order of version for each key. The LIMIT keeps the planner
+# from reading the ledger first, which it would while its statistics are young.
 UNSENT_MOVEMENTS = """
 SELECT waiting.id, waiting.event_id, waiting.traceparent, movement.*
 FROM (SELECT * FROM movement_outbox ORDER BY id LIMIT $1) AS waiting
   CROSS JOIN LATERAL unnest(skus, locations, versions) AS part (sku, location, version)
-  JOIN movement ON movement.sku = part.sku AND movement.location = part.location
-    AND movement.version = part.version AND movement.recorded_at = waiting.recorded_at
+  CROSS JOIN LATERAL (
+    SELECT * FROM movement WHERE movement.sku = part.sku AND movement.location = part.location
+      AND movement.version = part.version AND movement.recorded_at = waiting.recorded_at LIMIT 1
+  ) AS movement
 ORDER BY waiting.id, movement.sku, movement.location, movement.version
 """
 DELETE_SENT_MOVEMENTS = """
