@@ -1,9 +1,13 @@
-"""Micro-batching: while one batch is in flight, the next one gathers. No timer.
+"""Micro-batching: while one batch is in flight, the next one gathers.
 
-A caller that comes alone waits for nobody; under load the batch grows by itself to what arrived during
-the batch before it. What waits is bounded in items and in bytes, and what finds the queue full is
-refused at once (OVERLOADED). An item whose caller has gone, or whose deadline has passed, is dropped
-before the work begins. Order of arrival is kept.
+A caller that comes alone waits for nobody. Under load a batch is followed by a short look for the callers
+that it has just answered, as most of them are on their way back: never longer than the batch took, and
+only until about as many wait as there are. Without it callers fall into two halves that are served in
+turn, in batches of half the size at the same latency.
+
+What waits is bounded in items and in bytes, and what finds the queue full is refused at once
+(OVERLOADED). An item whose caller has gone, or whose deadline has passed, is dropped before the work
+begins. Order of arrival is kept.
 """
 
 import asyncio
@@ -14,6 +18,8 @@ from typing import Generic, TypeVar
 
 from shared.refusal import Refusal
 
+GATHER_SHARE = 0.9
+GATHER_TICK_SECONDS = 0.001
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -76,7 +82,9 @@ class Batcher(Generic[Item, Result]):
             await asyncio.wait([self._worker])
 
     async def _work(self) -> None:
+        loop = asyncio.get_running_loop()
         while batch := self._take():
+            began = loop.time()
             try:
                 results = await self.handle([waiting.item for waiting in batch])
                 assert len(results) == len(batch), f"{self.name}: not one result for each item"
@@ -89,7 +97,16 @@ class Batcher(Generic[Item, Result]):
                     waiting.done.set_exception(result)
                 else:
                     waiting.done.set_result(result)
+            if len(batch) > 1:
+                await self._gather(len(batch) + len(self._queue), loop.time() - began)
         self._worker = None
+
+    async def _gather(self, callers: int, seconds_max: float) -> None:
+        """Wait until most of the callers there are have come (back), at most `seconds_max`."""
+        loop = asyncio.get_running_loop()
+        until = loop.time() + seconds_max
+        while len(self._queue) < callers * GATHER_SHARE and (now := loop.time()) < until:
+            await asyncio.sleep(min(GATHER_TICK_SECONDS, until - now))
 
     def _take(self) -> list[_Waiting[Item, Result]]:
         now = asyncio.get_running_loop().time()

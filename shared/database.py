@@ -40,6 +40,7 @@ PLANNER = {
     "enable_seqscan": "off",
     "enable_bitmapscan": "off",
     "jit": "off",
+    "plan_cache_mode": "force_generic_plan",
 }
 # A unique violation means that the same id was inserted at the same time elsewhere: the next attempt finds it.
 RETRIED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.UniqueViolationError)

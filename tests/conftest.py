@@ -18,8 +18,11 @@ from shared.migrate import migrate
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
-    with tempfile.TemporaryDirectory(prefix="holdfast-test-") as root, Stack(Path(root)).start() as running:
-        yield running
+    with tempfile.TemporaryDirectory(prefix="holdfast-test-") as root:
+        running = Stack(Path(root))
+        with running.start():
+            yield running
+        running.erase()
 
 
 @pytest.fixture(scope="session")

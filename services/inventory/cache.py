@@ -1,7 +1,7 @@
 """Availability close at hand: the pod's memory, then Redis, then PostgreSQL. It never decides a write.
 
 A value carries its version and the time at which it was known to be the newest. After a commit the pod
-puts what it wrote into both, without waiting; a script in Redis keeps the newer version. What a crash
+puts what it wrote into both, into Redis 20 ms later; a script there keeps the newer version. What a crash
 or a lost write leaves behind is gone after `redis_seconds`, and what another pod wrote is seen after
 `local_seconds`: a caller who cannot wait that long names `min_version`. Redis away means every miss
 goes to PostgreSQL; it is tried again after a second.
@@ -25,6 +25,7 @@ from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
 RETRY_SECONDS = 1.0
+BEHIND_SECONDS = 0.02
 
 # KEYS: stock keys; ARGV: life in ms, then version and value of each. Sets what is newer.
 PUT = """
@@ -161,6 +162,8 @@ class Cache:
 
     async def _write_behind(self) -> None:
         while self._behind:
+            # What is committed meanwhile goes along; who waits for a commit's answer does not wait for this.
+            await asyncio.sleep(BEHIND_SECONDS)
             batch, self._behind = self._behind, {}
             if time.monotonic() < self._redis_away_until:
                 continue

@@ -4,6 +4,7 @@ The package's docstring says why this is right. Here: `place` (holds), `change` 
 and expire), `sweep`, `adjust`, and the catalogue.
 """
 
+import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import datetime
@@ -40,8 +41,8 @@ from shared.refusal import Refusal
 SWEEP_HOLDS_MAX = 500
 IMPORT_CHUNK_ROWS = 500
 TAKE_LINES_MAX = 1_000
-RECONCILE_KEYS = 1_000
-DRIFTS = ("version_drift", "on_hand_drift", "held_drift", "short_drift", "hold_drift")
+RECONCILE_KEYS = 200
+RECONCILE_REST = 9
 Answer = TypeVar("Answer", bound=Message)
 
 
@@ -302,18 +303,18 @@ class Commands:
     async def reconcile(self, keys_max: int = RECONCILE_KEYS) -> list[Record]:
         """Compare counters, ledger and open holds of every key that has moved since it was last compared.
 
-        Returns the rows of `store.BALANCE` that do not agree. Stock is left as it is; those that agree are
-        remembered, so that the next comparison begins there. Two at once do no harm.
+        Returns the rows of `store.BALANCE` that do not agree. Stock is left as it is. It rests between
+        pages, so that it takes a tenth of a connection's time at the most. Two at once do no harm.
         """
-        after, drifts = ("", ""), list[Record]()
-        while True:
+        loop = asyncio.get_running_loop()
+        looked, after, drifts = keys_max, ("", ""), list[Record]()
+        while looked == keys_max:
+            began = loop.time()
             async with self._database.connection() as connection:
-                rows = await store.balance(connection, after, keys_max)
-                await store.save_checkpoints(connection, [row for row in rows if not _drifted(row)])
-            drifts += filter(_drifted, rows)
-            if len(rows) < keys_max:
-                return drifts
-            after = (rows[-1]["sku"], rows[-1]["location"])
+                looked, after, wrong = await store.balance(connection, after, keys_max)
+            drifts += wrong
+            await asyncio.sleep((loop.time() - began) * RECONCILE_REST)
+        return drifts
 
     # -- adjustments ------------------------------------------------------------------------------
 
@@ -670,10 +671,6 @@ def _after(
         else row
         for row in rows
     ]
-
-
-def _drifted(row: Record) -> bool:
-    return any(row[name] for name in DRIFTS)
 
 
 def _first(request: store.Request, fingerprint: bytes, answer_type: type[Answer]) -> Answer | Refusal:

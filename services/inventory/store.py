@@ -242,36 +242,45 @@ SELECT movement.* FROM unnest($1::text[], $2::text[], $3::bigint[]) AS known (sk
 """
 # Counters less what the ledger and the open holds come to, for the next keys that have moved since their
 # checkpoint, in one snapshot. Only movements after the checkpoint are read, so that the cost follows what
-# has happened since and not the length of history. All zero is as it must be.
+# has happened since and not the length of history. Where all is zero, as it must be, the checkpoint moves
+# on; the other keys come back, and with them the last key looked at and how many there were.
 BALANCE = """
-SELECT stock.sku, stock.location, stock.version, stock.on_hand, stock.held, stock.short,
-       stock.version - coalesce(checked.version, 0) - ledger.movements AS version_drift,
-       stock.on_hand - coalesce(checked.on_hand, 0) - ledger.on_hand AS on_hand_drift,
-       stock.held - coalesce(checked.held, 0) - ledger.held AS held_drift,
-       stock.short - coalesce(checked.short, 0) - ledger.short AS short_drift,
-       stock.held - open_holds.held AS hold_drift
-FROM stock
-  LEFT JOIN checkpoint AS checked ON checked.sku = stock.sku AND checked.location = stock.location
-  CROSS JOIN LATERAL (
-    SELECT count(*) AS movements, coalesce(sum(on_hand_delta), 0)::bigint AS on_hand,
-           coalesce(sum(held_delta), 0)::bigint AS held, coalesce(sum(short_delta), 0)::bigint AS short
-    FROM movement WHERE movement.sku = stock.sku AND movement.location = stock.location
-      AND movement.version > coalesce(checked.version, 0)
-  ) AS ledger
-  CROSS JOIN LATERAL (
-    SELECT coalesce(sum(hold.held), 0)::bigint AS held FROM hold
-    WHERE hold.sku = stock.sku AND hold.location = stock.location AND hold.held > 0
-  ) AS open_holds
-WHERE (stock.sku, stock.location) > ($1, $2) AND stock.version <> coalesce(checked.version, 0)
-ORDER BY stock.sku, stock.location LIMIT $3
-"""
-SAVE_CHECKPOINTS = """
-INSERT INTO checkpoint (sku, location, version, on_hand, held, short)
-SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[])
-ON CONFLICT (sku, location) DO UPDATE
-SET version = excluded.version, on_hand = excluded.on_hand, held = excluded.held, short = excluded.short,
-    checked_at = now()
-WHERE checkpoint.version < excluded.version
+WITH page AS (
+  SELECT stock.sku, stock.location, stock.version, stock.on_hand, stock.held, stock.short,
+         stock.version - coalesce(checked.version, 0) - ledger.movements AS version_drift,
+         stock.on_hand - coalesce(checked.on_hand, 0) - ledger.on_hand AS on_hand_drift,
+         stock.held - coalesce(checked.held, 0) - ledger.held AS held_drift,
+         stock.short - coalesce(checked.short, 0) - ledger.short AS short_drift,
+         stock.held - open_holds.held AS hold_drift
+  FROM stock
+    LEFT JOIN checkpoint AS checked ON checked.sku = stock.sku AND checked.location = stock.location
+    CROSS JOIN LATERAL (
+      SELECT count(*) AS movements, coalesce(sum(on_hand_delta), 0)::bigint AS on_hand,
+             coalesce(sum(held_delta), 0)::bigint AS held, coalesce(sum(short_delta), 0)::bigint AS short
+      FROM movement WHERE movement.sku = stock.sku AND movement.location = stock.location
+        AND movement.version > coalesce(checked.version, 0)
+    ) AS ledger
+    CROSS JOIN LATERAL (
+      SELECT coalesce(sum(hold.held), 0)::bigint AS held FROM hold
+      WHERE hold.sku = stock.sku AND hold.location = stock.location AND hold.held > 0
+    ) AS open_holds
+  WHERE (stock.sku, stock.location) > ($1, $2) AND stock.version <> coalesce(checked.version, 0)
+  ORDER BY stock.sku, stock.location LIMIT $3
+), judged AS (
+  SELECT *, (version_drift, on_hand_drift, held_drift, short_drift, hold_drift) <> (0, 0, 0, 0, 0) AS drifted FROM page
+), saved AS (
+  INSERT INTO checkpoint (sku, location, version, on_hand, held, short)
+  SELECT sku, location, version, on_hand, held, short FROM judged WHERE NOT drifted
+  ON CONFLICT (sku, location) DO UPDATE
+  SET version = excluded.version, on_hand = excluded.on_hand, held = excluded.held, short = excluded.short,
+      checked_at = now()
+  WHERE checkpoint.version < excluded.version
+), looked AS (
+  SELECT count(*) AS keys, max(sku) AS last_sku,
+         max(location) FILTER (WHERE sku = (SELECT max(sku) FROM page)) AS last_location
+  FROM page
+)
+SELECT looked.*, wrong.* FROM looked LEFT JOIN (SELECT * FROM judged WHERE drifted) AS wrong ON true
 """
 MAKE_PARTITION = """
 CREATE TABLE IF NOT EXISTS {name} PARTITION OF movement FOR VALUES FROM ('{start}') TO ('{end}')
@@ -647,16 +656,14 @@ async def movements_after(
     ]  # fmt: skip
 
 
-async def balance(connection: Connection, after: Key, keys_max: int) -> list[Record]:
-    """A row for each of the next keys that have moved since they were last found to agree."""
-    return list(await connection.fetch(BALANCE, *after, keys_max))
+async def balance(connection: Connection, after: Key, keys_max: int) -> tuple[int, Key, list[Record]]:
+    """Compare the next keys that have moved since they were last found to agree, and remember those that do.
 
-
-async def save_checkpoints(connection: Connection, rows: Iterable[Record]) -> None:
-    """Remember that the ledger agrees up to the versions of these rows of `balance`."""
-    columns = [(r["sku"], r["location"], r["version"], r["on_hand"], r["held"], r["short"]) for r in rows]
-    if columns:
-        await connection.execute(SAVE_CHECKPOINTS, *split(columns))
+    Returns how many were looked at, the last of them, and a row for each that does not agree.
+    """
+    rows = await connection.fetch(BALANCE, *after, keys_max)
+    last = (rows[0]["last_sku"] or "", rows[0]["last_location"] or "")
+    return rows[0]["keys"], last, [row for row in rows if row["drifted"]]
 
 
 async def make_partitions(connection: Connection, today: datetime, months_ahead: int) -> None:

@@ -78,7 +78,7 @@ class Workers:
 
     async def _reconcile(self) -> None:
         for row in await self._commands.reconcile():
-            log.error("drift", **dict(row))
+            log.error("drift", **{name: value for name, value in row.items() if not name.startswith("last_")})
 
     async def _obey(self) -> None:
         await Consumer(

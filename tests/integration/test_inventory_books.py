@@ -26,9 +26,9 @@ async def test_books_that_agree_are_compared_once(commands: Commands, inventory_
     drifts = await asyncio.gather(commands.reconcile(keys_max=3), commands.reconcile(keys_max=4))
     assert not any(drifts)
     async with inventory_db.connection() as connection:
-        assert await store.balance(connection, ("", ""), 100) == []
+        assert await store.balance(connection, ("", ""), 100) == (0, ("", ""), [])
         await put(commands, "S4", 1)
-        assert [row["sku"] for row in await store.balance(connection, ("", ""), 100)] == ["S4"]
+        assert await store.balance(connection, ("", ""), 100) == (1, ("S4", "MAIN"), [])
     assert await commands.reconcile() == []
 
 
