@@ -55,8 +55,8 @@ class Inventory(inventory_pb2_grpc.InventoryServiceServicer):
 
 async def serve() -> None:
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    reservation_pb2_grpc.add_ReservationServiceServicer_to_server(Reservations(), server)
-    inventory_pb2_grpc.add_InventoryServiceServicer_to_server(Inventory(), server)
+    reservation_pb2_grpc.add_ReservationServiceServicer_to_server(Reservations(), server)  # type: ignore[abstract] # the rest is UNIMPLEMENTED
+    inventory_pb2_grpc.add_InventoryServiceServicer_to_server(Inventory(), server)  # type: ignore[abstract] # as above
     reflection.enable(SERVICES, server)
     server.add_insecure_port(os.environ["HOLDFAST_LISTEN"])
     await server.start()

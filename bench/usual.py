@@ -18,7 +18,7 @@ import uvloop
 from holdfast.inventory.v1 import events_pb2 as stock_events
 from holdfast.inventory.v1 import inventory_pb2
 from holdfast.reservation.v1 import events_pb2, reservation_pb2, reservation_pb2_grpc
-from sqlalchemy.dialects.postgresql import JSONB
+from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
@@ -80,12 +80,12 @@ class Movement(Base):
 
 class Outbox(Base):
     __tablename__ = "outbox"
-    key: Mapped[str] = mapped_column(primary_key=True)
     id: Mapped[int] = mapped_column(sa.BigInteger, sa.Identity(always=True), primary_key=True)
     event_id: Mapped[uuid.UUID]
     topic: Mapped[str]
     type: Mapped[str]
-    payload: Mapped[bytes]
+    keys: Mapped[list[str]] = mapped_column(ARRAY(sa.Text))
+    payloads: Mapped[list[bytes]] = mapped_column(ARRAY(sa.LargeBinary))
     traceparent: Mapped[str] = mapped_column(default="")
 
 
@@ -232,11 +232,11 @@ def _hold(session: AsyncSession, stock: Stock, quantity: int, hold_id: str, now:
 
 def _event(topic: str, key: str, message: Any) -> Outbox:
     return Outbox(
-        key=key,
         event_id=uuid.uuid4(),
         topic=topic,
         type=message.DESCRIPTOR.full_name,
-        payload=message.SerializeToString(),
+        keys=[key],
+        payloads=[message.SerializeToString()],
     )
 
 
@@ -269,7 +269,7 @@ async def serve() -> None:
     dsn = os.environ["HOLDFAST_DATABASE_DSN"].replace("postgresql://", "postgresql+asyncpg://", 1)
     engine = create_async_engine(dsn, pool_size=CONNECTIONS_MAX, max_overflow=0)
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    servicer = Reservations(async_sessionmaker(engine, expire_on_commit=False))
+    servicer = Reservations(async_sessionmaker(engine, expire_on_commit=False))  # type: ignore[abstract] # one call
     reservation_pb2_grpc.add_ReservationServiceServicer_to_server(servicer, server)
     reflection.enable(("holdfast.reservation.v1.ReservationService",), server)
     server.add_insecure_port(os.environ["HOLDFAST_LISTEN"])

@@ -32,6 +32,7 @@ class Service(NamedTuple):
     database: str
     module: str
     calls: tuple[str, ...] = ()
+    pods: int = 2
 
 
 SERVICES = (
@@ -45,7 +46,6 @@ TOPICS = (
     Topic("holdfast.inventory.commands.v1"),
     Topic("holdfast.inventory.commands.v1.dlq"),
 )
-PODS_PER_SERVICE = 2
 SERVING_SECONDS_MAX = 60
 DRAIN_SECONDS_MAX = 15
 MIGRATION_SECONDS_MAX = 120
@@ -79,10 +79,13 @@ class Pod:
 
 
 class Supervisor:
-    """The pods of `services` on a stack that runs. `say` is called from several threads."""
+    """The pods of `services` on a stack that runs, each in `role`. `say` is called from several threads."""
 
-    def __init__(self, stack: Stack, *, services: Sequence[Service] = SERVICES, say: Say = lambda _: None) -> None:
+    def __init__(
+        self, stack: Stack, *, services: Sequence[Service] = SERVICES, role: str = "all", say: Say = lambda _: None
+    ) -> None:
         self._stack = stack
+        self._role = role
         self._services = services
         self._say = say
         self._leash: Leash | None = None
@@ -102,7 +105,7 @@ class Supervisor:
         self.pods = [
             Pod(name, service, free_port(), self._stack.log / f"{name}.log")
             for service in self._services
-            for name in (f"{service.name}-{ordinal}" for ordinal in range(PODS_PER_SERVICE))
+            for name in (f"{service.name}-{ordinal}" for ordinal in range(service.pods))
         ]
         try:
             self._stack.databases(*(service.database for service in self._services))
@@ -235,7 +238,7 @@ class Supervisor:
         if self._leash is None:
             raise StackError("the supervisor is not started")
         pod.process = self._leash.spawn(
-            [sys.executable, "-m", pod.service.module, "--role", "all"],
+            [sys.executable, "-m", pod.service.module, "--role", self._role],
             log=pod.log,
             cwd=REPOSITORY,
             env=self.environment(pod.service)

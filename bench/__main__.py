@@ -1,0 +1,273 @@
+"""`python -m bench [--quick]`: measures every key, prints the tables, writes bench.json and bench.png."""
+
+import argparse
+import asyncio
+import contextlib
+import json
+import platform
+import sys
+import time
+import uuid
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import psutil
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+
+from bench import load, stage
+from bench.load import Run, ghz, measure
+from bench.report import Results
+from bench.stage import Holdfasts, Servers
+from deploy.local.stack import REPOSITORY, Stack, StackError
+
+SKUS = 100_000
+P95_MS_MAX = 200.0
+ERRORS_SHARE_MAX = 0.01
+RATE_SHARE_MIN = 0.98
+DEADLINE_SECONDS = 1.0
+STAGE = {"availability": 0.80, "reserve": 0.14, "confirm": 0.05, "cancel": 0.01}
+
+
+@dataclass(frozen=True, slots=True)
+class Scale:
+    """How long, how often and on how much."""
+
+    rounds: int
+    seconds: float
+    pairs: int
+    stage_probe_seconds: float
+    stage_seconds: float
+    many_skus: int
+    long_ledger: int
+
+
+FULL = Scale(5, 5, 5, 6, 60, 1_000_000, 5_000_000)
+QUICK = Scale(1, 2, 1, 3, 5, 200_000, 200_000)
+FEW_SKUS, SHORT_LEDGER = 1_000, 10_000
+
+
+class Bench:
+    """One run of everything, on one stack."""
+
+    def __init__(self, root: Path, scale: Scale, stack: Stack, progress: Progress) -> None:
+        self._root = root
+        self._scale = scale
+        self._stack = stack
+        self._ghz = load.ghz_binary(root)
+        self._task = progress.add_task("starting", total=None)
+        self._progress = progress
+        self.results = Results()
+
+    def _run(self, name: str, start: Callable[[], object], pids: load.Pids) -> Run:
+        self._progress.update(self._task, description=name)
+        run = measure(start, pids)  # type: ignore[arg-type]
+        self.results.runs.setdefault(name, []).append(run.figures())
+        return run
+
+    def _ratio(self, key: str, value: float) -> None:
+        self.results.ratios.setdefault(key, []).append(value)
+
+    def _reserve(
+        self, name: str, pods: Holdfasts, config: str = "reserve", *, seconds: float = 0, rate: float = 0
+    ) -> Run:
+        seconds = seconds or self._scale.seconds
+        return self._run(name, lambda: ghz(self._ghz, config, pods.reservation, seconds=seconds, rate=rate), pods.pids)
+
+    def _echo(self, name: str, echo: Servers, config: str = "reserve", *, seconds: float = 0, rate: float = 0) -> Run:
+        seconds = seconds or self._scale.seconds
+        return self._run(name, lambda: ghz(self._ghz, config, echo.pods, seconds=seconds, rate=rate), echo.pids)
+
+    # -- the keys ---------------------------------------------------------------------------------
+
+    def against_echo_and_the_usual_way(self, pods: Holdfasts, echo: Servers, usual: Servers) -> tuple[float, float]:
+        """The keys that compare calls a second; returns Reserve's capacity and echo's."""
+        seconds = self._scale.seconds
+        self._reserve("warming up", pods, seconds=3)
+        self.results.runs.pop("warming up")
+        capacities, ceilings = [], []
+        for _ in range(self._scale.rounds):
+            ceiling = self._echo("echo, Reserve", echo)
+            uniform = self._reserve("Reserve, uniform", pods)
+            hot = self._reserve("Reserve, one hot SKU", pods, "reserve-hot")
+            usual_uniform = self._run(
+                "the usual way, uniform", lambda: ghz(self._ghz, "reserve", usual.pods, seconds=seconds), usual.pids
+            )
+            usual_hot = self._run(
+                "the usual way, hot", lambda: ghz(self._ghz, "reserve-hot", usual.pods, seconds=seconds), usual.pids
+            )
+            reads = self._run(
+                "GetAvailability",
+                lambda: ghz(self._ghz, "availability", pods.inventory, seconds=seconds),
+                pods.pids,
+            )
+            echoed_reads = self._echo("echo, GetAvailability", echo, "availability")
+            batch = self._run(
+                "BatchReserve, 100 a call",
+                lambda: load.python("batch", pods.reservation, seconds=seconds, skus=SKUS),
+                pods.pids,
+            )
+            stream = self._run(
+                "ReserveStream", lambda: load.python("stream", pods.reservation, seconds=seconds, skus=SKUS), pods.pids
+            )
+            self._ratio("reserve_vs_echo", uniform.rate / ceiling.rate)
+            self._ratio("hot_vs_uniform", hot.rate / uniform.rate)
+            self._ratio("usual_way_uniform", uniform.rate / usual_uniform.rate)
+            self._ratio("usual_way_hot", hot.rate / usual_hot.rate)
+            self._ratio("availability_vs_echo", reads.rate / echoed_reads.rate)
+            self._ratio("batch_items_vs_echo", batch.rate * batch.items / ceiling.rate)
+            self._ratio("stream_vs_reserve", stream.rate / uniform.rate)
+            capacities.append(uniform.rate)
+            ceilings.append(ceiling.rate)
+        return sorted(capacities)[len(capacities) // 2], sorted(ceilings)[len(ceilings) // 2]
+
+    def open_loop(self, pods: Holdfasts, echo: Servers, capacity: float) -> None:
+        """p95 at 70 % of capacity, and what is answered in time at three times it."""
+        rate = 0.7 * capacity
+        for _ in range(self._scale.pairs):
+            bare = self._echo("echo at 70 % of Reserve's capacity", echo, rate=rate)
+            held = self._reserve("Reserve at 70 % of its capacity", pods, rate=rate)
+            self._ratio("reserve_p95_vs_echo", held.percentile(95) / bare.percentile(95))
+        for _ in range(self._scale.pairs):
+            flood = self._run(
+                "Reserve at 3 x its capacity",
+                lambda: ghz(
+                    self._ghz, "reserve", pods.reservation, seconds=self._scale.seconds, rate=3 * capacity,
+                    deadline_seconds=DEADLINE_SECONDS,
+                ),
+                pods.pids,
+            )  # fmt: skip
+            self._ratio("overload_goodput", flood.rate / capacity)
+
+    def stage(self, pods: Holdfasts, ceiling: float) -> None:
+        """The highest rate of the mixed scenario that is sustained, in steps of 5 % of echo's."""
+        share, best = 0.6, 0.0
+        while share <= 1.0 and self._sustained(pods, share * ceiling, self._scale.stage_probe_seconds):
+            best, share = share, share + 0.1
+        if not best:
+            while share > 0.1 and not self._sustained(pods, share * ceiling, self._scale.stage_probe_seconds):
+                share -= 0.1
+            best = share
+        elif self._sustained(pods, (best + 0.05) * ceiling, self._scale.stage_probe_seconds):
+            best += 0.05
+        while best > 0.1 and not self._sustained(pods, best * ceiling, self._scale.stage_seconds):
+            best -= 0.05
+        self._ratio("stage_vs_echo", best)
+        self.results.notes["stage_rps"] = round(best * ceiling)
+
+    def _sustained(self, pods: Holdfasts, rate: float, seconds: float) -> bool:
+        """Whether each kind of call keeps its rate, p95 < 200 ms and errors < 1 %."""
+        files = {}
+        for kind in ("confirm", "cancel"):
+            ids = [uuid.uuid4().hex for _ in range(int(rate * STAGE[kind] * seconds / stage.PODS) + 20)]
+            for pod in range(stage.PODS):
+                mine = [f"{name}-{pod}" for name in ids]
+                asyncio.run(stage.reserved(pods, mine, SKUS))
+                files[kind, pod] = self._root / f"{kind}-{pod}.json"
+                content = [{"reservation_id": name, "request_id": "stage"} for name in mine]
+                files[kind, pod].write_text(json.dumps(content))
+
+        def start(kind: str) -> list[object]:
+            addresses = pods.inventory if kind == "availability" else pods.reservation
+            return [
+                process
+                for pod, address in enumerate(addresses)
+                for process in ghz(
+                    self._ghz, kind, [address], seconds=seconds, callers=32,
+                    rate=rate * STAGE[kind] / len(addresses), data=files.get((kind, pod)),
+                )
+            ]  # fmt: skip
+
+        run = self._run(
+            f"stage at {rate:,.0f}/s for {seconds:.0f} s", lambda: [p for kind in STAGE for p in start(kind)], pods.pids
+        )
+        calls = run.calls + run.failed
+        return (
+            run.percentile(95) < P95_MS_MAX
+            and run.failed < calls * ERRORS_SHARE_MAX
+            and run.calls >= rate * seconds * RATE_SHARE_MIN
+        )
+
+    def pairs(self, pods: Holdfasts) -> None:
+        """The keys that compare Holdfast with itself under another circumstance."""
+        with stage.holdfast(self._stack, "quiet", skus=SKUS, role="api") as quiet:
+            for _ in range(self._scale.pairs):
+                without = self._reserve("Reserve, relay and consumers off", quiet)
+                self._ratio("events_tax", self._reserve("Reserve, relay and consumers on", pods).rate / without.rate)
+        with stage.holdfast(self._stack, "solo", skus=SKUS, reservation_pods=1) as solo:
+            for _ in range(self._scale.pairs):
+                one = self._reserve("Reserve, one reservation pod", solo)
+                self._ratio("two_pods_vs_one", _cost(self._reserve("Reserve, two reservation pods", pods)) / _cost(one))
+        many = "reserve-1m" if self._scale.many_skus >= 1_000_000 else "reserve"
+        with (
+            stage.holdfast(self._stack, "few", skus=FEW_SKUS) as few,
+            stage.holdfast(self._stack, "many", skus=self._scale.many_skus) as lots,
+        ):
+            for _ in range(self._scale.pairs):
+                small = self._reserve(f"Reserve, {FEW_SKUS:,} SKUs", few, "reserve-1k")
+                large = self._reserve(f"Reserve, {self._scale.many_skus:,} SKUs", lots, many)
+                self._ratio("skus_1m_vs_1k", _cost(large) / _cost(small))
+        with (
+            stage.holdfast(self._stack, "short", skus=FEW_SKUS, movements=SHORT_LEDGER) as short,
+            stage.holdfast(self._stack, "long", skus=FEW_SKUS, movements=self._scale.long_ledger) as long,
+        ):
+            for _ in range(self._scale.pairs):
+                young = self._reserve(f"Reserve, {SHORT_LEDGER:,} movements", short, "reserve-1k")
+                old = self._reserve(f"Reserve, {self._scale.long_ledger:,} movements", long, "reserve-1k")
+                self._ratio("ledger_growth", _cost(old) / _cost(young))
+
+    def everything(self) -> None:
+        began = time.monotonic()
+        with contextlib.ExitStack() as open_:
+            pods = open_.enter_context(stage.holdfast(self._stack, "bench", skus=SKUS))
+            with stage.echo() as echo:
+                with stage.usual(self._stack, skus=SKUS) as usual:
+                    capacity, ceiling = self.against_echo_and_the_usual_way(pods, echo, usual)
+                self.open_loop(pods, echo, capacity)
+            self.stage(pods, ceiling)
+            self.pairs(pods)
+            made = asyncio.run(stage.outcomes(pods, time.monotonic() - began))
+        self.results.notes |= {
+            "reservations": made,
+            "rounds_made": self._scale.rounds,
+            "machine": f"{psutil.cpu_count()} cores, {psutil.virtual_memory().total >> 30} GiB, {platform.system()}",
+            "seconds": round(time.monotonic() - began),
+        }
+
+
+def _cost(run: Run) -> float:
+    """CPU of the services and the database for one call, in us."""
+    return run.cpu["reservation"] + run.cpu["inventory"] + run.cpu["database"]
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="the same keys in under three minutes, less exact")
+    quick = parser.parse_args().quick
+    local = REPOSITORY / ".local"
+    root = local / "bench"
+    root.mkdir(parents=True, exist_ok=True)
+    console = Console(highlight=False)
+    columns = (TextColumn("  {task.description}"), BarColumn(30), TimeElapsedColumn())
+    try:
+        with (
+            Stack(root / "stack").start(fresh=True) as stack,
+            Progress(*columns, console=console) as progress,
+        ):
+            bench = Bench(root, QUICK if quick else FULL, stack, progress)
+            bench.everything()
+    except StackError as error:
+        console.print(f"[bold red]The benchmark cannot run:[/] {error}", soft_wrap=True)
+        return 1
+    bench.results.write(local / "bench.json")
+    bench.results.draw(local / "bench.png")
+    bench.results.show(console)
+    console.print(
+        f"\n{bench.results.notes['machine']}; every run is in .local/bench.json, the picture in .local/bench.png."
+    )
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,196 @@
+"""What is measured: pods of Holdfast on databases of a given size, echo servers, and the usual way."""
+
+import asyncio
+import contextlib
+import os
+import runpy
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import asyncpg
+
+from bench.load import Pids
+from deploy.local.stack import REPOSITORY, Stack, StackError, free_port
+from deploy.local.supervisor import SERVICES, Supervisor
+from shared.client import Holdfast
+from shared.migrate import migrate
+
+PODS = 2
+READY_SECONDS_MAX = 30
+ON_HAND = 10**9
+LOAD_LOCATION = "INSERT INTO location (location, name, priority) VALUES ('MAIN', 'Main', 0)"
+LOAD_SKUS = """
+INSERT INTO sku (sku, name, category, unit, currency_code, price_micros)
+SELECT 'S' || n, '', '', 'piece', '', 0 FROM generate_series(0, $1::int - 1) AS n
+"""
+LOAD_STOCK = """
+INSERT INTO stock (sku, location, on_hand) SELECT 'S' || n, 'MAIN', $2 FROM generate_series(0, $1::int - 1) AS n
+"""
+# History of SKUs that are there already, a movement a version, as the ledger would have it.
+LOAD_LEDGER = """
+INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held, short,
+                      safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
+SELECT 'S' || n % $2, 'MAIN', n / $2 + 1, 'RECEIVE', 0, 0, 0, 0, 0, 0, 0, 0, '', '', '', now()
+FROM generate_series(0, $1::int - 1) AS n
+"""
+SYNC_VERSIONS = "UPDATE stock SET version = (SELECT count(*) FROM movement WHERE movement.sku = stock.sku)"
+
+
+@dataclass(frozen=True, slots=True)
+class Holdfasts:
+    """Running pods of both services, and where their CPU is counted."""
+
+    reservation: list[str]
+    inventory: list[str]
+    targets: dict[str, str]
+    databases: dict[str, str]
+    pids: Pids
+
+
+@dataclass(frozen=True, slots=True)
+class Servers:
+    """Other servers' addresses, and where their CPU is counted."""
+
+    pods: list[str]
+    pids: Pids
+
+
+async def _load(dsn: str, skus: int, movements: int) -> None:
+    connection = await asyncpg.connect(dsn, command_timeout=600)
+    try:
+        if await connection.fetchval("SELECT EXISTS (SELECT FROM sku)"):
+            return
+        await connection.execute(LOAD_LOCATION)
+        await connection.execute(LOAD_SKUS, skus)
+        await connection.execute(LOAD_STOCK, skus, ON_HAND)
+        if movements:
+            await connection.execute(LOAD_LEDGER, movements, skus)
+            await connection.execute(SYNC_VERSIONS)
+        await connection.execute("VACUUM ANALYZE")
+    finally:
+        await connection.close()
+
+
+@contextlib.contextmanager
+def holdfast(
+    stack: Stack, name: str, *, skus: int, movements: int = 0, reservation_pods: int = PODS, role: str = "all"
+) -> Iterator[Holdfasts]:
+    """Two pods of each service on databases of their own, with stock of `skus` and a history of `movements`."""
+    services = [
+        service._replace(
+            database=f"{name}_{service.name}", pods=reservation_pods if service.name == "reservation" else PODS
+        )
+        for service in SERVICES
+    ]
+    dsns = {service.name: stack.postgres_dsn(service.database) for service in services}
+    stack.databases(*(service.database for service in services))
+    asyncio.run(migrate(dsns["inventory"], "inventory"))
+    asyncio.run(_load(dsns["inventory"], skus, movements))
+    with Supervisor(stack, services=services, role=role).start() as supervisor:
+        pods = {service.name: [pod for pod in supervisor.pods if pod.service is service] for service in services}
+        yield Holdfasts(
+            [pod.address for pod in pods["reservation"]],
+            [pod.address for pod in pods["inventory"]],
+            supervisor.targets,
+            dsns,
+            {
+                "reservation": [pod.pid for pod in pods["reservation"] if pod.pid],
+                "inventory": [pod.pid for pod in pods["inventory"] if pod.pid],
+                "database": [stack.pids["PostgreSQL"]],
+                "kafka": [stack.pids["Kafka"]],
+                "redis": [stack.pids["Redis"]],
+            },
+        )
+
+
+@contextlib.contextmanager
+def echo() -> Iterator[Servers]:
+    """As many bare servers as a service has pods."""
+    with _servers("bench.echo", {}) as (pods, pids):
+        yield Servers(pods, {"server": pids})
+
+
+@contextlib.contextmanager
+def usual(stack: Stack, *, skus: int) -> Iterator[Servers]:
+    """The usual way, on a database with the tables of both services."""
+    dsn = stack.postgres_dsn("usual")
+    stack.databases("usual")
+    asyncio.run(migrate(dsn, "inventory"))
+    asyncio.run(_load(dsn, skus, 0))
+    asyncio.run(_reservation_tables(dsn))
+    with _servers("bench.usual", {"HOLDFAST_DATABASE_DSN": dsn}) as (pods, pids):
+        yield Servers(pods, {"server": pids, "database": [stack.pids["PostgreSQL"]]})
+
+
+async def _reservation_tables(dsn: str) -> None:
+    migration = runpy.run_path(str(REPOSITORY / "services/reservation/migrations/pre/0001_start.py"))
+    connection = await asyncpg.connect(dsn)
+    try:
+        if await connection.fetchval("SELECT to_regclass('reservation')") is None:
+            for statement in migration["STATEMENTS"]:
+                if "outbox" not in statement:
+                    await connection.execute(statement)
+    finally:
+        await connection.close()
+
+
+@contextlib.contextmanager
+def _servers(module: str, environment: dict[str, str]) -> Iterator[tuple[list[str], list[int]]]:
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(PODS)]
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-m", module],
+            cwd=REPOSITORY,
+            env=os.environ | environment | {"HOLDFAST_LISTEN": address},
+        )
+        for address in addresses
+    ]
+    try:
+        for address, process in zip(addresses, processes, strict=True):
+            _await_listening(address, process)
+        yield addresses, [process.pid for process in processes]
+    finally:
+        for process in processes:
+            process.terminate()
+        for process in processes:
+            process.wait(READY_SECONDS_MAX)
+
+
+def _await_listening(address: str, process: subprocess.Popen[bytes]) -> None:
+    host, port = address.split(":")
+    deadline = time.monotonic() + READY_SECONDS_MAX
+    while True:
+        if process.poll() is not None or time.monotonic() > deadline:
+            raise StackError(f"the server on {address} did not start")
+        with contextlib.suppress(OSError):
+            socket.create_connection((host, int(port)), timeout=1).close()
+            return
+        time.sleep(0.05)
+
+
+async def reserved(pods: Holdfasts, ids: list[str], skus: int) -> None:
+    """Make reservations of one unit each, to be confirmed or cancelled later."""
+    async with Holdfast(pods.targets["inventory"], pods.targets["reservation"]) as client:
+        for start in range(0, len(ids), 50):
+            part = ids[start : start + 50]
+            await asyncio.gather(
+                *(client.reserve(name, [(f"S{(start + n) % skus}", "MAIN", 1)]) for n, name in enumerate(part))
+            )
+
+
+async def outcomes(pods: Holdfasts, since: float) -> dict[str, int]:
+    """How many reservations each state has of those made in the last `since` seconds."""
+    connection = await asyncpg.connect(pods.databases["reservation"])
+    try:
+        rows = await connection.fetch(
+            "SELECT state, count(*) AS n FROM reservation WHERE created_at > now() - make_interval(secs => $1)"
+            " GROUP BY state",
+            since,
+        )
+        return {row["state"]: row["n"] for row in rows}
+    finally:
+        await connection.close()
