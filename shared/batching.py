@@ -54,10 +54,16 @@ class Batcher(Generic[Item, Result]):
     async def submit(
         self, item: Item, *, lines: int = 1, size_bytes: int = 0, seconds_left: float | None = None
     ) -> Result:
-        """Wait for the item's turn and return its result.
+        """Wait for the item's turn and return its result; raises what `enqueue` does, and what it came to."""
+        return await self.enqueue(item, lines=lines, size_bytes=size_bytes, seconds_left=seconds_left)
 
-        Raises Refusal OVERLOADED when the queue is full, DEADLINE_PASSED when `seconds_left` were over
-        before the item's batch began, and whatever the item came to.
+    def enqueue(
+        self, item: Item, *, lines: int = 1, size_bytes: int = 0, seconds_left: float | None = None
+    ) -> asyncio.Future[Result]:
+        """Put an item into the queue, for who has many and wants no task for each.
+
+        Raises Refusal OVERLOADED when the queue is full. The future has the item's result or exception, or
+        Refusal DEADLINE_PASSED when `seconds_left` were over before the item's batch began.
         """
         if len(self._queue) >= self.queue_items_max or self._queue_bytes + size_bytes > self.queue_bytes_max:
             raise Refusal(
@@ -68,13 +74,12 @@ class Batcher(Generic[Item, Result]):
             )
         loop = asyncio.get_running_loop()
         deadline = float("inf") if seconds_left is None else loop.time() + seconds_left
-        waiting = _Waiting(item, lines, size_bytes, deadline, loop.create_future())
+        waiting: _Waiting[Item, Result] = _Waiting(item, lines, size_bytes, deadline, loop.create_future())
         self._queue.append(waiting)
         self._queue_bytes += size_bytes
         if self._worker is None:
             self._worker = loop.create_task(self._work())
-        result: Result = await waiting.done
-        return result
+        return waiting.done
 
     async def close(self) -> None:
         """Wait until everything submitted has been answered."""

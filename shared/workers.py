@@ -22,6 +22,15 @@ async def forever(work: Work, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
+async def in_turns(work: Callable[[], Awaitable[int]]) -> None:
+    """Do `work` until it finds nothing to do, resting as long as each turn took: callers come first."""
+    loop = asyncio.get_running_loop()
+    began = loop.time()
+    while await work():
+        await asyncio.sleep(loop.time() - began)
+        began = loop.time()
+
+
 async def restarting(name: str, work: Work) -> None:
     """Keep a worker going: a fault is logged, and after a second it starts again."""
     while True:

@@ -57,7 +57,9 @@ class Workers:
         alone: dict[str, workers.Work] = {
             "movements": relay(MOVEMENTS),
             "catalog": relay(OUTBOX),
-            "sweeper": lambda: workers.forever(self._sweep, settings.sweep_poll_seconds),
+            "sweeper": lambda: workers.forever(
+                lambda: workers.in_turns(self._commands.sweep), settings.sweep_poll_seconds
+            ),
             "reconciler": lambda: workers.forever(self._reconcile, settings.reconcile_poll_seconds),
             "partitions": lambda: workers.forever(self._partitions, PARTITIONS_SECONDS),
         }
@@ -67,10 +69,6 @@ class Workers:
                     workers.alone(self._redis, f"inventory:{name}", work, lock_ttl_seconds=settings.lock_ttl_seconds)
                 )
             group.create_task(workers.restarting("commands", self._obey))
-
-    async def _sweep(self) -> None:
-        while swept := await self._commands.sweep():
-            log.info("holds expired", rows=swept)
 
     async def _partitions(self) -> None:
         async with self._database.connection() as connection:

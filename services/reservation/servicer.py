@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
+from functools import partial
 
 import grpc
 from holdfast.reservation.v1 import reservation_pb2 as pb
@@ -47,6 +48,9 @@ ERRORS = ErrorMap(
 )
 
 
+Asked = asyncio.Future[Told] | Refusal
+
+
 class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
     """The reservation API over `commands`; reads go to `database`."""
 
@@ -63,39 +67,56 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
         self._change: Batcher[Change, Outcome] = Batcher("changes", commands.change, **bounds)
 
     async def Reserve(self, request: pb.ReserveRequest, context: Context) -> pb.ReserveResponse:
-        return await self._reserved(codec.ask(request), request.ByteSize(), context)
+        reservation, replayed = await self._ask(request, "", context)
+        return codec.reserved(reservation, replayed=replayed)
 
     async def BatchReserve(self, request: pb.BatchReserveRequest, context: Context) -> pb.BatchReserveResponse:
         check.count(len(request.requests), "requests", BATCH_REQUESTS_MAX)
-        asked = enumerate(request.requests)
-        results = [self._result(item, f"requests[{number}]", context) for number, item in asked]
-        return pb.BatchReserveResponse(results=await asyncio.gather(*results))
+        asked = [self._try(item, f"requests[{n}]", context) for n, item in enumerate(request.requests)]
+        waiting = [outcome for outcome in asked if isinstance(outcome, asyncio.Future)]
+        if waiting:
+            await asyncio.wait(waiting)
+        return pb.BatchReserveResponse(
+            results=[_result(item, outcome) for item, outcome in zip(request.requests, asked, strict=True)]
+        )
 
     async def ReserveStream(
         self, request: AsyncIterator[pb.ReserveStreamRequest], context: Context
     ) -> AsyncIterator[pb.ReserveStreamResponse]:
-        answers: asyncio.Queue[asyncio.Task[pb.ReserveResult] | None] = asyncio.Queue()
+        answers: asyncio.Queue[tuple[pb.ReserveRequest, Asked] | None] = asyncio.Queue()
         room = asyncio.Semaphore(self._settings.stream_items_max)
 
         async def read() -> None:
+            waiting = 0
+            drained = asyncio.Event()
+
+            def answered(item: pb.ReserveRequest, outcome: Asked) -> None:
+                nonlocal waiting
+                waiting -= 1
+                answers.put_nowait((item, outcome))
+                if not waiting:
+                    drained.set()
+
             try:
-                async for item in request:
+                async for message in request:
                     await room.acquire()
-                    task = asyncio.ensure_future(self._result(item.request, "request", context))
-                    task.add_done_callback(answers.put_nowait)
-                    running.add(task)
-                if running:
-                    await asyncio.wait(running)
+                    waiting += 1
+                    drained.clear()
+                    outcome = self._try(message.request, "request", context)
+                    if isinstance(outcome, asyncio.Future):
+                        outcome.add_done_callback(partial(answered, message.request))
+                    else:
+                        answered(message.request, outcome)
+                if waiting:
+                    await drained.wait()
             finally:
                 answers.put_nowait(None)
 
-        running: set[asyncio.Task[pb.ReserveResult]] = set()
         reader = asyncio.ensure_future(read())
         try:
-            while (task := await answers.get()) is not None:
-                running.discard(task)
+            while (answer := await answers.get()) is not None:
                 room.release()
-                yield pb.ReserveStreamResponse(result=await task)
+                yield pb.ReserveStreamResponse(result=_result(*answer))
             await reader
         finally:
             reader.cancel()
@@ -141,20 +162,19 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
             reservations=[codec.reservation(value) for value in found], next_page_token=token
         )
 
-    async def _reserved(self, ask: Ask, size_bytes: int, context: Context) -> pb.ReserveResponse:
-        reservation, replayed = await self._reserve.submit(
-            ask, lines=len(ask.lines), size_bytes=size_bytes, seconds_left=context.time_remaining()
+    def _ask(self, request: pb.ReserveRequest, field: str, context: Context) -> asyncio.Future[Told]:
+        ask = codec.ask(request, field)
+        seconds_left = context.time_remaining()
+        return self._reserve.enqueue(
+            ask, lines=len(ask.lines), size_bytes=request.ByteSize(), seconds_left=seconds_left
         )
-        return codec.reserved(reservation, replayed=replayed)
 
-    async def _result(self, request: pb.ReserveRequest, field: str, context: Context) -> pb.ReserveResult:
+    def _try(self, request: pb.ReserveRequest, field: str, context: Context) -> Asked:
         """One of many: its refusal is an answer, and harms no other."""
-        name = request.reservation_id
         try:
-            response = await self._reserved(codec.ask(request, field), request.ByteSize(), context)
+            return self._ask(request, field, context)
         except Refusal as refusal:
-            return pb.ReserveResult(reservation_id=name, error=codec.item_error(refusal, ERRORS))
-        return pb.ReserveResult(reservation_id=name, response=response)
+            return refusal
 
     async def _changed(self, change: Change, context: Context) -> Outcome:
         return await self._change.submit(change, lines=len(change.lines) or 1, seconds_left=context.time_remaining())
@@ -164,6 +184,18 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
         async with self._database.connection() as connection:
             found = await store.read(connection, ids)
         return [found[name] for name in ids if name in found]
+
+
+def _result(request: pb.ReserveRequest, outcome: Asked) -> pb.ReserveResult:
+    """The answer to one of many that was decided, or refused; raises what is neither."""
+    name = request.reservation_id
+    try:
+        if isinstance(outcome, Refusal):
+            raise outcome
+        reservation, replayed = outcome.result()
+    except Refusal as refusal:
+        return pb.ReserveResult(reservation_id=name, error=codec.item_error(refusal, ERRORS))
+    return pb.ReserveResult(reservation_id=name, response=codec.reserved(reservation, replayed=replayed))
 
 
 def _position(token: str, filters: object) -> tuple[datetime, str] | None:

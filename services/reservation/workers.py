@@ -8,7 +8,7 @@ import asyncio
 import redis.asyncio as redis
 import structlog
 
-from services.reservation.commands import DRIVE_MAX, EXPIRE_MAX, Commands
+from services.reservation.commands import Commands
 from services.reservation.settings import Settings
 from shared import workers
 from shared.database import Database
@@ -32,19 +32,16 @@ class Workers:
             "relay": lambda: workers.relay(
                 self._database, settings.kafka_bootstrap, settings.pod, settings.relay_poll_seconds
             ),
-            "sweeper": lambda: workers.forever(self._expire, settings.sweep_poll_seconds),
-            "driver": lambda: workers.forever(self._drive_on, max(settings.pending_seconds_min / 2, 0.1)),
+            "sweeper": lambda: workers.forever(
+                lambda: workers.in_turns(self._commands.expire), settings.sweep_poll_seconds
+            ),
+            "driver": lambda: workers.forever(
+                lambda: workers.in_turns(lambda: self._commands.drive_on(settings.pending_seconds_min)),
+                max(settings.pending_seconds_min / 2, 0.1),
+            ),
         }
         async with asyncio.TaskGroup() as group:
             for name, job in work.items():
                 group.create_task(
                     workers.alone(self._redis, f"reservation:{name}", job, lock_ttl_seconds=settings.lock_ttl_seconds)
                 )
-
-    async def _expire(self) -> None:
-        while (expired := await self._commands.expire()) == EXPIRE_MAX:
-            log.info("reservations expired", count=expired)
-
-    async def _drive_on(self) -> None:
-        while (driven := await self._commands.drive_on(self._settings.pending_seconds_min)) == DRIVE_MAX:
-            log.info("changes driven on", count=driven)
