@@ -14,11 +14,11 @@ REPLAY := $(if $(ORDERS),--orders '$(ORDERS)') $(if $(LIMIT),--limit $(LIMIT)) \
           --concurrency $(CONCURRENCY) --opening-stock $(OPENING_STOCK)
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo up down test lint format gen clean
+.PHONY: help run demo up down test lint format bench bench-quick gen clean
 
 help: ## Show this list
 	@printf 'Holdfast keeps stock right under load.\n\n'
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-8s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
 	@printf '\nOptions of run and demo: ORDERS=FILE LIMIT=orders CONCURRENCY=%s OPENING_STOCK=%s\n' \
 	  '$(CONCURRENCY)' '$(OPENING_STOCK)'
 
@@ -52,6 +52,12 @@ format: gen ## Format the code and the contracts
 	@$(BIN)/ruff format -q .
 	@$(BIN)/buf format -w
 
+bench: gen $(VENV)/.bench ## Measure every target: tables, .local/bench.json, .local/bench.png
+	@$(BIN)/python -m bench
+
+bench-quick: gen $(VENV)/.bench ## The same keys in under three minutes, less exact
+	@$(BIN)/python -m bench --quick
+
 gen: gen/.made ## Install into .venv and generate code from the contracts
 
 clean: ## Remove the environment, generated code and local data
@@ -65,6 +71,12 @@ $(VENV)/.made: requirements.lock
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes -r requirements.lock
 	@$(BIN)/python -c "import pathlib, site; \
 	  pathlib.Path(site.getsitepackages()[0], 'holdfast.pth').write_text('$(CURDIR)\n$(CURDIR)/gen\n')"
+	@touch $@
+
+$(VENV)/.bench: $(VENV)/.made bench/requirements.lock
+	@echo 'Installing what measures into $(VENV) (once) ...'
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --require-hashes \
+	  -r requirements.lock -r bench/requirements.lock
 	@touch $@
 
 gen/.made: $(VENV)/.made $(PROTOS)

@@ -196,16 +196,19 @@ class Bench:
             and run.calls >= rate * seconds * RATE_SHARE_MIN
         )
 
-    def pairs(self, pods: Holdfasts) -> None:
-        """The keys that compare Holdfast with itself under another circumstance."""
-        with stage.holdfast(self._stack, "quiet", skus=SKUS, role="api") as quiet:
+    def pairs(self) -> None:
+        """The keys that compare Holdfast with itself under another circumstance, on databases as young."""
+        with (
+            stage.holdfast(self._stack, "quiet", skus=SKUS, role="api") as quiet,
+            stage.holdfast(self._stack, "solo", skus=SKUS, reservation_pods=1) as solo,
+            stage.holdfast(self._stack, "both", skus=SKUS) as both,
+        ):
             for _ in range(self._scale.pairs):
                 without = self._reserve("Reserve, relay and consumers off", quiet)
-                self._ratio("events_tax", self._reserve("Reserve, relay and consumers on", pods).rate / without.rate)
-        with stage.holdfast(self._stack, "solo", skus=SKUS, reservation_pods=1) as solo:
-            for _ in range(self._scale.pairs):
                 one = self._reserve("Reserve, one reservation pod", solo)
-                self._ratio("two_pods_vs_one", _cost(self._reserve("Reserve, two reservation pods", pods)) / _cost(one))
+                two = self._reserve("Reserve, two pods, all on", both)
+                self._ratio("events_tax", two.rate / without.rate)
+                self._ratio("two_pods_vs_one", _cost(two) / _cost(one))
         many = "reserve-1m" if self._scale.many_skus >= 1_000_000 else "reserve"
         with (
             stage.holdfast(self._stack, "few", skus=FEW_SKUS) as few,
@@ -234,8 +237,8 @@ class Bench:
                 self.open_loop(pods, echo, capacity)
             self.stage(pods, ceiling)
             self.overload(pods, capacity)
-            self.pairs(pods)
             made = asyncio.run(stage.outcomes(pods, time.monotonic() - began))
+        self.pairs()
         self.results.notes |= {
             "reservations": made,
             "rounds_made": self._scale.rounds,

@@ -73,7 +73,7 @@ def ghz_binary(root: Path) -> Path:
 
 
 def cpu_seconds(pids: Sequence[int]) -> float:
-    """CPU time of processes and all their descendants so far."""
+    """CPU time of processes and all their descendants so far, those that have ended by now included."""
     seconds = 0.0
     for pid in pids:
         try:
@@ -86,7 +86,7 @@ def cpu_seconds(pids: Sequence[int]) -> float:
                 times = member.cpu_times()
             except psutil.Error:
                 continue
-            seconds += times.user + times.system
+            seconds += times.user + times.system + times.children_user + times.children_system
     return seconds
 
 

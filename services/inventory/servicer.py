@@ -222,9 +222,10 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
     async def GetAvailability(self, request: pb.GetAvailabilityRequest, context: Context) -> pb.GetAvailabilityResponse:
         keys = requests.availability(request)
         asks = [Ask(key, least) for key, least in keys if key[1]]
-        seen = iter([s for ask in asks if (s := self._cache.local(ask))])
-        if any(self._cache.local(ask) is None for ask in asks):
-            seen = iter([_value(s) for s in await self._submit(self._read, asks, context)])
+        near = [self._cache.local(ask) for ask in asks]
+        if None in near:
+            near = [_value(read) for read in await self._submit(self._read, asks, context)]
+        seen = iter(near)
         open_skus = [sku for (sku, location), _ in keys if not location]
         sums = await self._sums(open_skus) if open_skus else {}
         return pb.GetAvailabilityResponse(

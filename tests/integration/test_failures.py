@@ -140,6 +140,40 @@ async def test_the_cache_keeps_the_newer_version(commands: Inventory, cache: Cac
     assert seen.stock.version == old.stock.version + 1
 
 
+async def test_a_cache_that_is_always_missed_is_left_alone(
+    commands: Inventory, cache: Cache, redis_client: redis.Redis
+) -> None:
+    """Many SKUs each read once stop going by Redis; a few that are read often come back to it."""
+    for n in range(60):
+        await put(commands, f"S{n}", 1)
+    await cache.close()
+
+    async def asked() -> int:
+        stats: dict[str, dict[str, int]] = await redis_client.info("commandstats")
+        return stats.get("cmdstat_mget", {}).get("calls", 0)
+
+    async def read(sku: str) -> None:
+        cache._local.clear()
+        (seen,) = await cache.read([Read((sku, "MAIN"))])
+        assert isinstance(seen, Seen)
+        assert seen.stock.on_hand == 1
+
+    await redis_client.flushall()
+    for n in range(40):
+        await read(f"S{n}")
+    before = await asked()
+    for n in range(40, 56):
+        await read(f"S{n}")
+    assert await asked() - before <= 2
+    for _ in range(200):
+        await read("S1")
+        await cache.close()
+    before = await asked()
+    for _ in range(10):
+        await read("S1")
+    assert await asked() - before == 10
+
+
 async def test_the_lock_has_one_holder_and_growing_tokens(redis_client: redis.Redis) -> None:
     """Taken once, renewed by its holder alone, passed on with a higher token."""
     first = Lock(redis_client, "job", ttl_seconds=5)
