@@ -5,10 +5,11 @@ import asyncio
 import contextlib
 import json
 import platform
+import statistics
 import sys
 import time
 import uuid
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,7 +18,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import load, stage
-from bench.load import Run, ghz, measure
+from bench.load import Processes, Run, ghz, measure
 from bench.report import Results
 from bench.stage import Holdfasts, Servers
 from deploy.local.stack import REPOSITORY, Stack, StackError
@@ -63,25 +64,33 @@ class Bench:
         self._progress = progress
         self.results = Results()
 
-    def _run(self, name: str, start: Callable[[], object], pids: load.Pids) -> Run:
+    def _run(self, name: str, start: Callable[[], Processes], pids: load.Pids) -> Run:
         self._progress.update(self._task, description=name)
         _settle()
-        run = measure(start, pids)  # type: ignore[arg-type]
+        run = measure(start, pids)
         self.results.runs.setdefault(name, []).append(run.figures())
         return run
 
     def _ratio(self, key: str, value: float) -> None:
         self.results.ratios.setdefault(key, []).append(value)
 
-    def _reserve(
-        self, name: str, pods: Holdfasts, config: str = "reserve", *, seconds: float = 0, rate: float = 0
-    ) -> Run:
-        seconds = seconds or self._scale.seconds
-        return self._run(name, lambda: ghz(self._ghz, config, pods.reservation, seconds=seconds, rate=rate), pods.pids)
+    def _call(
+        self, name: str, pods: Sequence[str], pids: load.Pids, config: str = "reserve", *,
+        seconds: float = 0, rate: float = 0, deadline_seconds: float = load.CALL_SECONDS_MAX,
+    ) -> Run:  # fmt: skip
+        def start() -> Processes:
+            return ghz(
+                self._ghz, config, pods, seconds=seconds or self._scale.seconds, rate=rate,
+                deadline_seconds=deadline_seconds,
+            )  # fmt: skip
 
-    def _echo(self, name: str, echo: Servers, config: str = "reserve", *, seconds: float = 0, rate: float = 0) -> Run:
-        seconds = seconds or self._scale.seconds
-        return self._run(name, lambda: ghz(self._ghz, config, echo.pods, seconds=seconds, rate=rate), echo.pids)
+        return self._run(name, start, pids)
+
+    def _reserve(self, name: str, pods: Holdfasts, config: str = "reserve", **more: float) -> Run:
+        return self._call(name, pods.reservation, pods.pids, config, **more)
+
+    def _other(self, name: str, servers: Servers, config: str = "reserve", **more: float) -> Run:
+        return self._call(name, servers.pods, servers.pids, config, **more)
 
     # -- the keys ---------------------------------------------------------------------------------
 
@@ -92,21 +101,13 @@ class Bench:
         self.results.runs.pop("warming up")
         capacities, ceilings = [], []
         for _ in range(self._scale.rounds):
-            ceiling = self._echo("echo, Reserve", echo)
+            ceiling = self._other("echo, Reserve", echo)
             uniform = self._reserve("Reserve, uniform", pods)
             hot = self._reserve("Reserve, one hot SKU", pods, "reserve-hot")
-            usual_uniform = self._run(
-                "the usual way, uniform", lambda: ghz(self._ghz, "reserve", usual.pods, seconds=seconds), usual.pids
-            )
-            usual_hot = self._run(
-                "the usual way, hot", lambda: ghz(self._ghz, "reserve-hot", usual.pods, seconds=seconds), usual.pids
-            )
-            reads = self._run(
-                "GetAvailability",
-                lambda: ghz(self._ghz, "availability", pods.inventory, seconds=seconds),
-                pods.pids,
-            )
-            echoed_reads = self._echo("echo, GetAvailability", echo, "availability")
+            usual_uniform = self._other("the usual way, uniform", usual)
+            usual_hot = self._other("the usual way, hot", usual, "reserve-hot")
+            reads = self._call("GetAvailability", pods.inventory, pods.pids, "availability")
+            echoed_reads = self._other("echo, GetAvailability", echo, "availability")
             batch = self._run(
                 "BatchReserve, 100 a call",
                 lambda: load.python("batch", pods.reservation, seconds=seconds, skus=SKUS),
@@ -124,27 +125,22 @@ class Bench:
             self._ratio("stream_vs_reserve", stream.rate / uniform.rate)
             capacities.append(uniform.rate)
             ceilings.append(ceiling.rate)
-        return sorted(capacities)[len(capacities) // 2], sorted(ceilings)[len(ceilings) // 2]
+        return statistics.median(capacities), statistics.median(ceilings)
 
     def open_loop(self, pods: Holdfasts, echo: Servers, capacity: float) -> None:
         """p95 at 70 % of capacity."""
         rate = 0.7 * capacity
         for _ in range(self._scale.pairs):
-            bare = self._echo("echo at 70 % of Reserve's capacity", echo, rate=rate)
+            bare = self._other("echo at 70 % of Reserve's capacity", echo, rate=rate)
             held = self._reserve("Reserve at 70 % of its capacity", pods, rate=rate)
             self._ratio("reserve_p95_vs_echo", held.percentile(95) / bare.percentile(95))
 
     def overload(self, pods: Holdfasts, capacity: float) -> None:
         """What is answered in time at three times the capacity."""
         for _ in range(self._scale.pairs):
-            flood = self._run(
-                "Reserve at 3 x its capacity",
-                lambda: ghz(
-                    self._ghz, "reserve", pods.reservation, seconds=self._scale.seconds, rate=3 * capacity,
-                    deadline_seconds=DEADLINE_SECONDS,
-                ),
-                pods.pids,
-            )  # fmt: skip
+            flood = self._reserve(
+                "Reserve at 3 x its capacity", pods, rate=3 * capacity, deadline_seconds=DEADLINE_SECONDS
+            )
             self._ratio("overload_goodput", flood.rate / capacity)
 
     def stage(self, pods: Holdfasts, ceiling: float) -> None:
@@ -175,7 +171,7 @@ class Bench:
                 content = [{"reservation_id": name, "request_id": "stage"} for name in mine]
                 files[kind, pod].write_text(json.dumps(content))
 
-        def start(kind: str) -> list[object]:
+        def start(kind: str) -> Processes:
             addresses = pods.inventory if kind == "availability" else pods.reservation
             return [
                 process

@@ -7,6 +7,7 @@ everything else is drawn against.
 import asyncio
 import os
 import signal
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import grpc
@@ -16,10 +17,8 @@ from holdfast.reservation.v1 import reservation_pb2, reservation_pb2_grpc
 
 from shared import reflection
 
-SERVICES = (
-    "holdfast.inventory.v1.InventoryService",
-    "holdfast.reservation.v1.ReservationService",
-)
+INVENTORY = inventory_pb2.DESCRIPTOR.services_by_name["InventoryService"].full_name
+RESERVATIONS = reservation_pb2.DESCRIPTOR.services_by_name["ReservationService"].full_name
 
 
 class Reservations(reservation_pb2_grpc.ReservationServiceServicer):
@@ -53,11 +52,11 @@ class Inventory(inventory_pb2_grpc.InventoryServiceServicer):
         )
 
 
-async def serve() -> None:
+async def serve(register: Callable[[grpc.aio.Server], None], services: Sequence[str]) -> None:
+    """Serve what `register` adds on HOLDFAST_LISTEN, with reflection, until SIGTERM."""
     server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    reservation_pb2_grpc.add_ReservationServiceServicer_to_server(Reservations(), server)  # type: ignore[abstract] # the rest is UNIMPLEMENTED
-    inventory_pb2_grpc.add_InventoryServiceServicer_to_server(Inventory(), server)  # type: ignore[abstract] # as above
-    reflection.enable(SERVICES, server)
+    register(server)
+    reflection.enable(services, server)
     server.add_insecure_port(os.environ["HOLDFAST_LISTEN"])
     await server.start()
     stop = asyncio.Event()
@@ -66,5 +65,12 @@ async def serve() -> None:
     await server.stop(1)
 
 
+def _register(server: grpc.aio.Server) -> None:
+    reservations = Reservations()  # type: ignore[abstract] # the rest is UNIMPLEMENTED
+    inventory = Inventory()  # type: ignore[abstract] # as above
+    reservation_pb2_grpc.add_ReservationServiceServicer_to_server(reservations, server)
+    inventory_pb2_grpc.add_InventoryServiceServicer_to_server(inventory, server)
+
+
 if __name__ == "__main__":
-    uvloop.run(serve())
+    uvloop.run(serve(_register, (INVENTORY, RESERVATIONS)))

@@ -21,6 +21,7 @@ CONFIGS = Path(__file__).with_name("ghz")
 CONNECTIONS = 2
 CALL_SECONDS_MAX = 20
 Pids = Mapping[str, Sequence[int]]
+Processes = list[subprocess.Popen[bytes]]
 
 
 @dataclass(slots=True)
@@ -100,7 +101,7 @@ def ghz(
     rate: float = 0,
     deadline_seconds: float = CALL_SECONDS_MAX,
     data: Path | None = None,
-) -> list[subprocess.Popen[bytes]]:
+) -> Processes:
     """Start ghz against each pod, callers or calls a second shared among them; with `rate` it is an open loop."""
     share = max(callers // len(pods), 1)
     processes = []
@@ -118,7 +119,7 @@ def ghz(
     return processes
 
 
-def python(mode: str, pods: Sequence[str], *, seconds: float, skus: int) -> list[subprocess.Popen[bytes]]:
+def python(mode: str, pods: Sequence[str], *, seconds: float, skus: int) -> Processes:
     """Start `bench.generator` against each pod."""
     command = [sys.executable, "-m", "bench.generator", mode, "--seconds", str(seconds), "--skus", str(skus)]
     return [
@@ -127,7 +128,7 @@ def python(mode: str, pods: Sequence[str], *, seconds: float, skus: int) -> list
     ]
 
 
-def measure(start: Callable[[], Sequence[subprocess.Popen[bytes]]], pids: Pids) -> Run:
+def measure(start: Callable[[], Processes], pids: Pids) -> Run:
     """Run generators to their end and add up what they saw, with the CPU that each side took meanwhile."""
     before = {side: cpu_seconds(group) for side, group in pids.items()}
     ended = _ended_children_seconds()

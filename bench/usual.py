@@ -5,9 +5,7 @@ rows in order of their keys, check, update, insert hold, movement, reservation a
 tables are Holdfast's, and so are the answers. Durable, correct, no batching.
 """
 
-import asyncio
 import os
-import signal
 import uuid
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -22,7 +20,7 @@ from sqlalchemy.dialects.postgresql import ARRAY, JSONB
 from sqlalchemy.ext.asyncio import AsyncSession, async_sessionmaker, create_async_engine
 from sqlalchemy.orm import DeclarativeBase, Mapped, mapped_column
 
-from shared import reflection
+from bench.echo import RESERVATIONS, serve
 
 TTL = timedelta(minutes=15)
 CONNECTIONS_MAX = 32
@@ -265,21 +263,17 @@ def _answer(
     return reservation_pb2.ReserveResponse(outcome=outcome, reservation=message, replayed=replayed)
 
 
-async def serve() -> None:
+async def main() -> None:
     dsn = os.environ["HOLDFAST_DATABASE_DSN"].replace("postgresql://", "postgresql+asyncpg://", 1)
     engine = create_async_engine(dsn, pool_size=CONNECTIONS_MAX, max_overflow=0)
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
     servicer = Reservations(async_sessionmaker(engine, expire_on_commit=False))  # type: ignore[abstract] # one call
-    reservation_pb2_grpc.add_ReservationServiceServicer_to_server(servicer, server)
-    reflection.enable(("holdfast.reservation.v1.ReservationService",), server)
-    server.add_insecure_port(os.environ["HOLDFAST_LISTEN"])
-    await server.start()
-    stop = asyncio.Event()
-    asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-    await stop.wait()
-    await server.stop(1)
+
+    def register(server: grpc.aio.Server) -> None:
+        reservation_pb2_grpc.add_ReservationServiceServicer_to_server(servicer, server)
+
+    await serve(register, (RESERVATIONS,))
     await engine.dispose()
 
 
 if __name__ == "__main__":
-    uvloop.run(serve())
+    uvloop.run(main())

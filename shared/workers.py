@@ -22,11 +22,12 @@ async def forever(work: Work, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
-async def in_turns(work: Callable[[], Awaitable[int]]) -> None:
+async def in_turns(what: str, work: Callable[[], Awaitable[int]]) -> None:
     """Do `work` until it finds nothing to do, resting as long as each turn took: callers come first."""
     loop = asyncio.get_running_loop()
     began = loop.time()
-    while await work():
+    while count := await work():
+        log.info(what, count=count)
         await asyncio.sleep(loop.time() - began)
         began = loop.time()
 

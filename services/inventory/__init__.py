@@ -3,7 +3,7 @@
 What it promises, and what keeps the promise:
 
 * `0 <= held <= on_hand + backorder_limit + short` for every (sku, location), and a new hold leaves
-  `safety_stock` alone. Twice guarded: by the WHERE of the write itself (`store.TAKE`) or by a decision
+  `safety_stock` alone. Twice guarded: by the WHERE of the write itself (`store.PLACE`) or by a decision
   made from rows that the same transaction has locked (`store.LOCK`), and by a CHECK constraint.
 * Every change is a movement; versions have no gap; counters equal the sum of movements at each commit.
 * Every write has a request id, and a repeat finds its own first outcome: a hold in `hold`, a commit,
@@ -13,8 +13,9 @@ What it promises, and what keeps the promise:
 How a hold is decided, when many pods decide at once:
 
 1. *Optimistic.* The whole batch's demand, summed for each key, in one guarded UPDATE over the sorted
-   keys. If each key comes back, each is locked and paid for; holds, movements and events follow.
-2. *Exact*, when a key was short, a hold id was known, or a line leaves its location open. All keys
+   keys; a line that leaves its location open asks its first source. If each key comes back, each is
+   locked and paid for, and holds, movements and what the relay needs are written by the same statement.
+2. *Exact*, when a key was short, a hold id was known or named twice, or less than all may do. All keys
    that could be touched are locked in sorted order, expired holds on them are reclaimed, and requests
    are decided one after the other, in order of arrival, from the locked rows. No second round is
    needed: nothing can change under the locks.

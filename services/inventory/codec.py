@@ -2,15 +2,13 @@
 
 from collections.abc import Iterable
 from datetime import datetime
-from itertools import groupby
-from operator import itemgetter
 
 from holdfast.inventory.v1 import error_reason_pb2, events_pb2, inventory_pb2
 
 from services.inventory import domain
 from shared.database import Record
 from shared.errors import ErrorMap
-from shared.outbox import Event, Group
+from shared.outbox import Event
 from shared.refusal import Refusal
 from shared.wire import timestamp
 
@@ -74,35 +72,14 @@ def movement(value: domain.Movement, time: datetime) -> inventory_pb2.Movement:
     )
 
 
-def moved(rows: Iterable[Record]) -> list[Group]:
-    """The events of movements out of rows of `store.UNSENT_MOVEMENTS`, a group for each of its ids."""
-    groups: list[Group] = []
-    for (number, event_id, traceparent), part in groupby(rows, key=itemgetter("id", "event_id", "traceparent")):
-        keys: list[str] = []
-        payloads: list[bytes] = []
-        for row in part:
-            keys.append(row["sku"])
-            value = inventory_pb2.Movement(
-                sku=row["sku"],
-                location=row["location"],
-                version=row["version"],
-                kind=_KINDS[row["kind"]],
-                on_hand_delta=row["on_hand_delta"],
-                held_delta=row["held_delta"],
-                short_delta=row["short_delta"],
-                on_hand=row["on_hand"],
-                held=row["held"],
-                short=row["short"],
-                safety_stock=row["safety_stock"],
-                backorder_limit=row["backorder_limit"],
-                hold_id=row["hold_id"],
-                request_id=row["request_id"],
-                reference=row["reference"],
-                time=timestamp(row["recorded_at"]),
-            )
-            payloads.append(events_pb2.StockMoved(movement=value).SerializeToString())
-        groups.append(Group(number, event_id, MOVEMENTS_TOPIC, MOVED_TYPE, keys, payloads, traceparent))
-    return groups
+def moved(movements: Iterable[tuple[domain.Movement, datetime]]) -> tuple[list[str], list[bytes]]:
+    """The keys and payloads of the events of movements, in their order."""
+    keys: list[str] = []
+    payloads: list[bytes] = []
+    for value, time in movements:
+        keys.append(value.after.sku)
+        payloads.append(events_pb2.StockMoved(movement=movement(value, time)).SerializeToString())
+    return keys, payloads
 
 
 def sku_changed(row: Record) -> Event:

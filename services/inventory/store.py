@@ -8,7 +8,10 @@ import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
+from operator import itemgetter
 from typing import Any
+from uuid import UUID
 
 import sqlalchemy as sa
 
@@ -622,8 +625,26 @@ async def insert_movements(
     await connection.execute(INSERT_MOVEMENTS, *columns, now, traceparent)
 
 
-async def unsent_movements(connection: Connection, groups_max: int) -> list[Record]:
-    return list(await connection.fetch(UNSENT_MOVEMENTS, groups_max))
+async def unsent_movements(
+    connection: Connection, groups_max: int
+) -> list[tuple[tuple[int, UUID, str], list[tuple[Movement, datetime]]]]:
+    """The oldest groups to be sent: (id, event id, traceparent), and their movements in order of version."""
+    rows = await connection.fetch(UNSENT_MOVEMENTS, groups_max)
+    grouped = groupby(rows, key=itemgetter("id", "event_id", "traceparent"))
+    return [(group, [_movement(row) for row in part]) for group, part in grouped]
+
+
+def _movement(row: Record) -> tuple[Movement, datetime]:
+    """A row of the ledger, and when it was recorded."""
+    after = Stock(
+        row["sku"], row["location"], row["on_hand"], row["held"], row["safety_stock"], row["backorder_limit"],
+        row["short"], row["version"],
+    )  # fmt: skip
+    movement = Movement(
+        after, Kind(row["kind"]), row["on_hand_delta"], row["held_delta"], row["short_delta"], row["hold_id"],
+        row["request_id"], row["reference"],
+    )  # fmt: skip
+    return movement, row["recorded_at"]
 
 
 async def movements_after(
@@ -640,20 +661,7 @@ async def movements_after(
         [row["location"] for row in moved],
         [row["known"] for row in moved],
     ]
-    return [
-        (
-            Movement(
-                Stock(
-                    row["sku"], row["location"], row["on_hand"], row["held"], row["safety_stock"],
-                    row["backorder_limit"], row["short"], row["version"],
-                ),
-                Kind(row["kind"]), row["on_hand_delta"], row["held_delta"], row["short_delta"],
-                row["hold_id"], row["request_id"], row["reference"],
-            ),
-            row["recorded_at"],
-        )
-        for row in await connection.fetch(MOVEMENTS_AFTER, *later, movements_max)
-    ]  # fmt: skip
+    return [_movement(row) for row in await connection.fetch(MOVEMENTS_AFTER, *later, movements_max)]
 
 
 async def balance(connection: Connection, after: Key, keys_max: int) -> tuple[int, Key, list[Record]]:

@@ -31,7 +31,10 @@ GROUP = "holdfast.inventory"
 
 async def unsent_movements(connection: Connection, groups_max: int) -> list[Group]:
     """The oldest movements to be sent, as events made from their rows of the ledger."""
-    return codec.moved(await store.unsent_movements(connection, groups_max))
+    return [
+        Group(number, event_id, codec.MOVEMENTS_TOPIC, codec.MOVED_TYPE, *codec.moved(movements), traceparent)
+        for (number, event_id, traceparent), movements in await store.unsent_movements(connection, groups_max)
+    ]
 
 
 MOVEMENTS = Source(unsent_movements, store.DELETE_SENT_MOVEMENTS)
@@ -58,7 +61,7 @@ class Workers:
             "movements": relay(MOVEMENTS),
             "catalog": relay(OUTBOX),
             "sweeper": lambda: workers.forever(
-                lambda: workers.in_turns(self._commands.sweep), settings.sweep_poll_seconds
+                lambda: workers.in_turns("holds expired", self._commands.sweep), settings.sweep_poll_seconds
             ),
             "reconciler": lambda: workers.forever(self._reconcile, settings.reconcile_poll_seconds),
             "partitions": lambda: workers.forever(self._partitions, PARTITIONS_SECONDS),

@@ -6,14 +6,11 @@ Each runs on one pod at a time, by a lock in Redis that saves work and decides n
 import asyncio
 
 import redis.asyncio as redis
-import structlog
 
 from services.reservation.commands import Commands
 from services.reservation.settings import Settings
 from shared import workers
 from shared.database import Database
-
-log = structlog.get_logger(__name__)
 
 
 class Workers:
@@ -33,10 +30,12 @@ class Workers:
                 self._database, settings.kafka_bootstrap, settings.pod, settings.relay_poll_seconds
             ),
             "sweeper": lambda: workers.forever(
-                lambda: workers.in_turns(self._commands.expire), settings.sweep_poll_seconds
+                lambda: workers.in_turns("reservations expired", self._commands.expire), settings.sweep_poll_seconds
             ),
             "driver": lambda: workers.forever(
-                lambda: workers.in_turns(lambda: self._commands.drive_on(settings.pending_seconds_min)),
+                lambda: workers.in_turns(
+                    "changes driven on", lambda: self._commands.drive_on(settings.pending_seconds_min)
+                ),
                 max(settings.pending_seconds_min / 2, 0.1),
             ),
         }
