@@ -21,23 +21,27 @@ from shared.migrate import migrate
 
 PODS = 2
 READY_SECONDS_MAX = 30
-ON_HAND = 10**9
+RECEIPT = 10**9
 LOAD_LOCATION = "INSERT INTO location (location, name, priority) VALUES ('MAIN', 'Main', 0)"
 LOAD_SKUS = """
 INSERT INTO sku (sku, name, category, unit, currency_code, price_micros)
 SELECT 'S' || n, '', '', 'piece', '', 0 FROM generate_series(0, $1::int - 1) AS n
 """
-LOAD_STOCK = """
-INSERT INTO stock (sku, location, on_hand) SELECT 'S' || n, 'MAIN', $2 FROM generate_series(0, $1::int - 1) AS n
-"""
-# History of SKUs that are there already, a movement a version, as the ledger would have it.
+# A history of receipts and, as a pod that has run for a while would have left it, all added up and found right.
 LOAD_LEDGER = """
 INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held, short,
                       safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
-SELECT 'S' || n % $2, 'MAIN', n / $2 + 1, 'RECEIVE', 0, 0, 0, 0, 0, 0, 0, 0, '', '', '', now()
+SELECT 'S' || n % $2, 'MAIN', n / $2 + 1, 'RECEIVE', $3::bigint, 0, 0, $3::bigint * (n / $2 + 1), 0, 0, 0, 0, '', '', '', now()
 FROM generate_series(0, $1::int - 1) AS n
 """
-SYNC_VERSIONS = "UPDATE stock SET version = (SELECT count(*) FROM movement WHERE movement.sku = stock.sku)"
+LOAD_STOCK = """
+INSERT INTO stock (sku, location, on_hand, version)
+SELECT sku, 'MAIN', count(*) * $1::bigint, count(*) FROM movement GROUP BY sku
+"""
+LOAD_CHECKPOINTS = """
+INSERT INTO checkpoint (sku, location, version, on_hand, held, short)
+SELECT sku, location, version, on_hand, held, short FROM stock
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,10 +70,9 @@ async def _load(dsn: str, skus: int, movements: int) -> None:
             return
         await connection.execute(LOAD_LOCATION)
         await connection.execute(LOAD_SKUS, skus)
-        await connection.execute(LOAD_STOCK, skus, ON_HAND)
-        if movements:
-            await connection.execute(LOAD_LEDGER, movements, skus)
-            await connection.execute(SYNC_VERSIONS)
+        await connection.execute(LOAD_LEDGER, max(movements, skus), skus, RECEIPT)
+        await connection.execute(LOAD_STOCK, RECEIPT)
+        await connection.execute(LOAD_CHECKPOINTS)
         await connection.execute("VACUUM ANALYZE")
     finally:
         await connection.close()

@@ -43,6 +43,7 @@ IMPORT_CHUNK_ROWS = 500
 TAKE_LINES_MAX = 1_000
 RECONCILE_KEYS = 200
 RECONCILE_REST = 9
+DRIFTS_MAX = 20
 Answer = TypeVar("Answer", bound=Message)
 
 
@@ -300,21 +301,23 @@ class Commands:
 
         return await self._commit(work)
 
-    async def reconcile(self, keys_max: int = RECONCILE_KEYS) -> list[Record]:
+    async def reconcile(self, keys_max: int = RECONCILE_KEYS) -> tuple[int, list[Record]]:
         """Compare counters, ledger and open holds of every key that has moved since it was last compared.
 
-        Returns the rows of `store.BALANCE` that do not agree. Stock is left as it is. It rests between
-        pages, so that it takes a tenth of a connection's time at the most. Two at once do no harm.
+        Returns how many do not agree, and the rows of `store.BALANCE` for the first DRIFTS_MAX of them. Stock
+        is left as it is. It rests between pages, so that it takes a tenth of a connection's time at the most.
+        Two at once do no harm.
         """
         loop = asyncio.get_running_loop()
-        looked, after, drifts = keys_max, ("", ""), list[Record]()
+        looked, after, drifted, first = keys_max, ("", ""), 0, list[Record]()
         while looked == keys_max:
             began = loop.time()
             async with self._database.connection() as connection:
                 looked, after, wrong = await store.balance(connection, after, keys_max)
-            drifts += wrong
+            drifted += len(wrong)
+            first += wrong[: DRIFTS_MAX - len(first)]
             await asyncio.sleep((loop.time() - began) * RECONCILE_REST)
-        return drifts
+        return drifted, first
 
     # -- adjustments ------------------------------------------------------------------------------
 

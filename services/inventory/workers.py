@@ -27,6 +27,7 @@ log = structlog.get_logger(__name__)
 MONTHS_AHEAD = 3
 PARTITIONS_SECONDS = 3600
 GROUP = "holdfast.inventory"
+_OF_THE_PAGE = {"keys", "last_sku", "last_location"}
 
 
 async def unsent_movements(connection: Connection, groups_max: int) -> list[Group]:
@@ -78,8 +79,11 @@ class Workers:
             await store.make_partitions(connection, datetime.now(UTC), MONTHS_AHEAD)
 
     async def _reconcile(self) -> None:
-        for row in await self._commands.reconcile():
-            log.error("drift", **{name: value for name, value in row.items() if not name.startswith("last_")})
+        drifted, first = await self._commands.reconcile()
+        if drifted:
+            log.error("keys drift", keys=drifted, shown=len(first))
+        for row in first:
+            log.error("drift", **{name: value for name, value in row.items() if name not in _OF_THE_PAGE})
 
     async def _obey(self) -> None:
         await Consumer(
