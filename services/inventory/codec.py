@@ -165,5 +165,6 @@ def changed(value: domain.Changed) -> inventory_pb2.HoldChangeResult:
         hold_id=value.hold_id,
         allocations=allocations(value.allocations),
         expire_time=timestamp(value.expires_at),
+        change_time=timestamp(value.changed_at),
         replayed=value.replayed,
     )

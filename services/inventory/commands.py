@@ -7,7 +7,7 @@ and expire), `sweep`, `adjust`, and the catalogue.
 import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TypeVar
 
 import asyncpg
@@ -40,10 +40,11 @@ from shared.refusal import Refusal
 
 SWEEP_HOLDS_MAX = 500
 IMPORT_CHUNK_ROWS = 500
-TAKE_LINES_MAX = 1_000
-RECONCILE_KEYS = 200
+AT_ONCE_LINES_MAX = 1_000
+RECONCILE_KEYS = 500
 RECONCILE_REST = 9
 DRIFTS_MAX = 20
+_LONG_AGO = datetime.min.replace(tzinfo=UTC)
 Answer = TypeVar("Answer", bound=Message)
 
 
@@ -66,16 +67,16 @@ class Commands:
 
     async def place(self, requests: Sequence[HoldRequest]) -> list[Placed | Refusal]:
         """Place holds in order of arrival; a repeat gets its first outcome."""
-        taken = await self._take(requests)
+        taken = await self._place_at_once(requests)
         if taken is not None:
             return taken
-        return await self._commit(lambda connection: self._decide(connection, requests))
+        return await self._commit(lambda connection: self._place_exactly(connection, requests))
 
-    async def _take(self, requests: Sequence[HoldRequest]) -> list[Placed | Refusal] | None:
+    async def _place_at_once(self, requests: Sequence[HoldRequest]) -> list[Placed | Refusal] | None:
         """Place them all in one statement; None, and nothing is changed, where it takes more than that."""
         if (
             len({request.hold_id for request in requests}) < len(requests)
-            or sum(len(request.lines) for request in requests) > TAKE_LINES_MAX
+            or sum(len(request.lines) for request in requests) > AT_ONCE_LINES_MAX
             or not all(request.mode is Mode.ALL for request in requests)
         ):
             return None
@@ -117,7 +118,7 @@ class Commands:
             for request in requests
         ]
 
-    async def _decide(
+    async def _place_exactly(
         self, connection: Connection, requests: Sequence[HoldRequest]
     ) -> tuple[list[Placed | Refusal], Shelf, datetime]:
         lines = [line for request in requests for line in request.lines]
@@ -230,9 +231,37 @@ class Commands:
 
         An expiry answers with all that ever expired of the hold, so that its caller can book it once.
         """
-        return await self._commit(lambda connection: self._change(connection, changes))
+        changed = await self._change_at_once(changes)
+        if changed is not None:
+            return changed
+        return await self._commit(lambda connection: self._change_exactly(connection, changes))
 
-    async def _change(
+    async def _change_at_once(self, changes: Sequence[HoldChange]) -> list[Changed | Refusal] | None:
+        """Commit and release in one statement, from rows as they are read; None where it takes more than that."""
+        if (
+            len({change.hold_id for change in changes}) < len(changes)
+            or sum(len(change.lines) for change in changes) > AT_ONCE_LINES_MAX
+            or not all(change.kind in {Kind.COMMIT, Kind.RELEASE} for change in changes)
+        ):
+            return None
+        try:
+            async with self._database.connection() as connection:
+                ids = {(sku, change.hold_id) for change in changes for sku in change.skus}
+                holds = await store.read_holds(connection, ids)
+                made = []
+                for change in changes:
+                    rows = holds.get(change.hold_id, ())
+                    taken = domain.take(change, rows, _LONG_AGO)
+                    if not taken:
+                        return None
+                    made.append((change, taken, _allocations(taken), max(row.expires_at for row in rows)))
+                stocks, now = await store.change(connection, made)
+        except (*RETRIED, asyncpg.DivisionByZeroError, Refusal):
+            return None
+        self._cache.wrote(stocks.values(), now)
+        return [Changed(change.hold_id, allocations, until, now) for change, _, allocations, until in made]
+
+    async def _change_exactly(
         self, connection: Connection, changes: Sequence[HoldChange]
     ) -> tuple[list[Changed | Refusal], Shelf, datetime]:
         ids = {(sku, change.hold_id) for change in changes for sku in change.skus}
@@ -257,13 +286,14 @@ class Commands:
             if identity in made and change.kind is not Kind.EXPIRE:
                 first, allocations, expires_at = made[identity]
                 same = first.fingerprint == change.fingerprint
-                replayed = Changed(change.hold_id, allocations, expires_at, replayed=True)
+                replayed = Changed(change.hold_id, allocations, expires_at, now, replayed=True)
                 answers.append(replayed if same else reused(change.request_id))
                 continue
             if identity in known:
                 same = all(part.fingerprint == change.fingerprint for part in known[identity])
                 parts = tuple(a for part in known[identity] for a in part.allocations)
-                replayed = Changed(change.hold_id, parts, known[identity][0].expires_at, replayed=True)
+                first_part = known[identity][0]
+                replayed = Changed(change.hold_id, parts, first_part.expires_at, first_part.changed_at, replayed=True)
                 answers.append(replayed if same else reused(change.request_id))
                 continue
             rows = [row for row in holds.get(change.hold_id, ()) if row.sku in change.skus]
@@ -629,7 +659,7 @@ def _apply(
     if change.kind is Kind.HOLD:
         until = domain.extend(change, rows, now)
         extended.update({(sku, change.hold_id): until for sku in change.skus})
-        return Changed(change.hold_id, (), until)
+        return Changed(change.hold_id, (), until, now)
     if change.kind is Kind.EXPIRE:
         parts = domain.expire(change, rows, now)
         total = {(row.sku, row.location): row.expired for row in rows if row.location}
@@ -651,7 +681,15 @@ def _apply(
         change.hold_id,
         tuple(Allocation(*key, units) for key, units in sorted(total.items()) if units),
         max(row.expires_at for row in rows),
+        now,
     )
+
+
+def _allocations(taken: Iterable[tuple[HoldRow, int]]) -> tuple[Allocation, ...]:
+    units: dict[Key, int] = {}
+    for row, quantity in taken:
+        units[row.key] = units.get(row.key, 0) + quantity
+    return tuple(Allocation(*key, quantity) for key, quantity in sorted(units.items()))
 
 
 def _after(

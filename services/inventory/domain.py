@@ -267,6 +267,7 @@ class Changed:
     hold_id: str
     allocations: tuple[Allocation, ...]
     expires_at: datetime
+    changed_at: datetime
     replayed: bool = False
 
 

@@ -71,6 +71,59 @@ WITH taken AS (
 )
 SELECT {STOCK_COLUMNS.replace("stock.", "taken.")}, paid.time FROM taken CROSS JOIN paid
 """
+# A batch of commits and releases in one statement and one round trip, as PLACE is for holds. $1 to $6 are
+# the keys in order with what goes off the shelf and out of `held`; $7 to $13 their movements in order of the
+# keys, with running sums; $14 to $20 the hold rows as they were read; $21 to $27 what a repeat will find. A hold
+# row that is no longer as it was read, or whose time had come when the last key was locked, divides by zero.
+CHANGE = f"""
+WITH taken AS (
+  UPDATE stock SET on_hand = on_hand - gone.sold, held = stock.held - gone.held, version = version + gone.movements,
+                   updated_at = clock_timestamp()
+  FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::int[])
+    AS gone (sku, location, sold, held, movements, first)
+  WHERE stock.sku = gone.sku AND stock.location = gone.location AND stock.short = 0
+    AND stock.held >= gone.held
+  RETURNING {STOCK_COLUMNS}, clock_timestamp() AS time, gone.sold, gone.held AS gone_held, movements, first
+), paid AS (
+  SELECT max(time) AS time FROM taken HAVING 1 / (count(*) = cardinality($1))::int = 1
+), left_ AS (
+  UPDATE hold SET held = hold.held - part.committed - part.released, committed = hold.committed + part.committed,
+                  released = hold.released + part.released
+  FROM unnest($14::text[], $15::text[], $16::smallint[], $17::bigint[], $18::timestamptz[], $19::bigint[],
+              $20::bigint[])
+    AS part (sku, hold_id, slot, held, expires_at, committed, released) CROSS JOIN paid
+  WHERE hold.sku = part.sku AND hold.hold_id = part.hold_id AND hold.slot = part.slot
+    AND hold.held = part.held AND hold.expires_at = part.expires_at AND hold.expires_at > paid.time
+  RETURNING hold.hold_id
+), made AS (
+  INSERT INTO hold_change (sku, hold_id, request_id, kind, fingerprint, allocations, expires_at, created_at)
+  SELECT sku, hold_id, request_id, kind, fingerprint, allocations::jsonb, expires_at, paid.time
+  FROM unnest($21::text[], $22::text[], $23::text[], $24::text[], $25::bytea[], $26::text[], $27::timestamptz[])
+    AS change (sku, hold_id, request_id, kind, fingerprint, allocations, expires_at) CROSS JOIN paid
+), moved AS (
+  INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
+                        short, safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
+  SELECT taken.sku, taken.location, taken.version - taken.movements + part.ordinal, part.kind, -part.sold, -part.held,
+         0, taken.on_hand + taken.sold - part.running_sold, taken.held + taken.gone_held - part.running_held,
+         0, taken.safety_stock, taken.backorder_limit, part.hold_id, part.request_id, '', paid.time
+  FROM paid CROSS JOIN taken CROSS JOIN LATERAL unnest(
+    ($7::text[])[taken.first : taken.first + taken.movements - 1],
+    ($8::text[])[taken.first : taken.first + taken.movements - 1],
+    ($9::text[])[taken.first : taken.first + taken.movements - 1],
+    ($10::bigint[])[taken.first : taken.first + taken.movements - 1],
+    ($11::bigint[])[taken.first : taken.first + taken.movements - 1],
+    ($12::bigint[])[taken.first : taken.first + taken.movements - 1],
+    ($13::bigint[])[taken.first : taken.first + taken.movements - 1]
+  ) WITH ORDINALITY AS part (hold_id, request_id, kind, sold, held, running_sold, running_held, ordinal)
+  RETURNING sku, location, version
+), told AS (
+  INSERT INTO movement_outbox (skus, locations, versions, recorded_at, traceparent)
+  SELECT array_agg(sku), array_agg(location), array_agg(version), min(paid.time), $28
+  FROM moved CROSS JOIN paid
+)
+SELECT {STOCK_COLUMNS.replace("stock.", "taken.")}, paid.time FROM taken CROSS JOIN paid
+WHERE 1 / ((SELECT count(*) FROM left_) = cardinality($14))::int = 1
+"""
 # Locks rows and reads them as they are under the lock. An UPDATE, because a sharded database refuses
 # SELECT ... FOR UPDATE over several shards.
 LOCK = f"""
@@ -243,34 +296,36 @@ SELECT movement.* FROM unnest($1::text[], $2::text[], $3::bigint[]) AS known (sk
       AND movement.version > known.version ORDER BY movement.version LIMIT $4
   ) AS movement
 """
-# Counters less what the ledger and the open holds come to, for the next keys that have moved since their
-# checkpoint, in one snapshot. Only movements after the checkpoint are read, so that the cost follows what
-# has happened since and not the length of history. Where all is zero, as it must be, the checkpoint moves
-# on; the other keys come back, and with them the last key looked at and how many there were.
+# Counters less what the ledger and the open holds come to, for those of the next keys that have moved since
+# their checkpoint, in one snapshot. Only movements after the checkpoint are read, so that the cost follows
+# what has happened since and not the length of history. Where all is zero, as it must be, the checkpoint
+# moves on; the other keys come back, and with them the last key looked at and how many there were.
 BALANCE = """
 WITH page AS (
-  SELECT stock.sku, stock.location, stock.version, stock.on_hand, stock.held, stock.short,
-         stock.version - coalesce(checked.version, 0) - ledger.movements AS version_drift,
-         stock.on_hand - coalesce(checked.on_hand, 0) - ledger.on_hand AS on_hand_drift,
-         stock.held - coalesce(checked.held, 0) - ledger.held AS held_drift,
-         stock.short - coalesce(checked.short, 0) - ledger.short AS short_drift,
-         stock.held - open_holds.held AS hold_drift
-  FROM stock
-    LEFT JOIN checkpoint AS checked ON checked.sku = stock.sku AND checked.location = stock.location
+  SELECT * FROM stock WHERE (sku, location) > ($1, $2) ORDER BY sku, location LIMIT $3
+), compared AS (
+  SELECT page.sku, page.location, page.version, page.on_hand, page.held, page.short,
+         page.version - coalesce(checked.version, 0) - ledger.movements AS version_drift,
+         page.on_hand - coalesce(checked.on_hand, 0) - ledger.on_hand AS on_hand_drift,
+         page.held - coalesce(checked.held, 0) - ledger.held AS held_drift,
+         page.short - coalesce(checked.short, 0) - ledger.short AS short_drift,
+         page.held - open_holds.held AS hold_drift
+  FROM page
+    LEFT JOIN checkpoint AS checked ON checked.sku = page.sku AND checked.location = page.location
     CROSS JOIN LATERAL (
       SELECT count(*) AS movements, coalesce(sum(on_hand_delta), 0)::bigint AS on_hand,
              coalesce(sum(held_delta), 0)::bigint AS held, coalesce(sum(short_delta), 0)::bigint AS short
-      FROM movement WHERE movement.sku = stock.sku AND movement.location = stock.location
+      FROM movement WHERE movement.sku = page.sku AND movement.location = page.location
         AND movement.version > coalesce(checked.version, 0)
     ) AS ledger
     CROSS JOIN LATERAL (
       SELECT coalesce(sum(hold.held), 0)::bigint AS held FROM hold
-      WHERE hold.sku = stock.sku AND hold.location = stock.location AND hold.held > 0
+      WHERE hold.sku = page.sku AND hold.location = page.location AND hold.held > 0
     ) AS open_holds
-  WHERE (stock.sku, stock.location) > ($1, $2) AND stock.version <> coalesce(checked.version, 0)
-  ORDER BY stock.sku, stock.location LIMIT $3
+  WHERE page.version <> coalesce(checked.version, 0)
 ), judged AS (
-  SELECT *, (version_drift, on_hand_drift, held_drift, short_drift, hold_drift) <> (0, 0, 0, 0, 0) AS drifted FROM page
+  SELECT *, (version_drift, on_hand_drift, held_drift, short_drift, hold_drift) <> (0, 0, 0, 0, 0) AS drifted
+  FROM compared
 ), saved AS (
   INSERT INTO checkpoint (sku, location, version, on_hand, held, short)
   SELECT sku, location, version, on_hand, held, short FROM judged WHERE NOT drifted
@@ -350,6 +405,7 @@ class KnownChange:
     fingerprint: bytes
     allocations: tuple[Allocation, ...]
     expires_at: datetime
+    changed_at: datetime
 
 
 def affected(status: str) -> int:
@@ -399,6 +455,51 @@ async def place(
         PLACE, *split(demand), ids, quantities, running_sums, skus, slot_numbers, locations, fingerprints, ttls,
         traceparent,
     )  # fmt: skip
+    return {(row["sku"], row["location"]): _stock(row) for row in rows}, rows[0]["time"]
+
+
+async def change(
+    connection: Connection,
+    changes: Sequence[tuple[HoldChange, Sequence[tuple[HoldRow, int]], Sequence[Allocation], datetime]],
+    traceparent: str = "",
+) -> tuple[dict[Key, Stock], datetime]:
+    """Commit and release, and commit; answers as `place` does.
+
+    Each change comes with the hold rows, as they were read, that it takes units from; with what that comes
+    to; and with the hold's expiry. Raises asyncpg.DivisionByZeroError where a row is not as it was read, has
+    expired or belongs to stock that is short, UniqueViolationError where a change is known.
+    """
+    moves: dict[Key, list[tuple[str, str, str, int, int, int, int]]] = {}
+    slots: dict[tuple[str, str, int], tuple[int, datetime, int, int]] = {}
+    for change, parts, _, _ in changes:
+        committing = change.kind is Kind.COMMIT
+        for row, units in parts:
+            part = moves.setdefault(row.key, [])
+            sold = units if committing else 0
+            sold_before, held_before = part[-1][5:] if part else (0, 0)
+            part.append(
+                (
+                    change.hold_id, change.request_id, change.kind.value, sold, units, sold_before + sold,
+                    held_before + units,
+                )
+            )  # fmt: skip
+            slot = (row.sku, row.hold_id, row.slot)
+            _, _, committed, released = slots.get(slot, (0, row.expires_at, 0, 0))
+            slots[slot] = (row.held, row.expires_at, committed + sold, released + units - sold)
+    gone: list[tuple[str, str, int, int, int, int]] = []
+    first = 1
+    for key in sorted(moves):
+        part = moves[key]
+        gone.append((*key, *part[-1][5:], len(part), first))
+        first += len(part)
+    rows = await connection.fetch(
+        CHANGE,
+        *split(gone),
+        *split(row for key in sorted(moves) for row in moves[key]),
+        *split((*slot, *slots[slot]) for slot in sorted(slots)),
+        *split(_change_rows((change, allocations, until) for change, _, allocations, until in changes)),
+        traceparent,
+    )
     return {(row["sku"], row["location"]): _stock(row) for row in rows}, rows[0]["time"]
 
 
@@ -562,7 +663,7 @@ async def read_changes(
     for row in await connection.fetch(READ_CHANGES, *(split(asked) if asked else ([], [], []))):
         allocations = tuple(Allocation(row["sku"], at, units) for at, units in json.loads(row["allocations"]))
         found.setdefault((row["hold_id"], row["request_id"]), []).append(
-            KnownChange(row["fingerprint"], allocations, row["expires_at"])
+            KnownChange(row["fingerprint"], allocations, row["expires_at"], row["created_at"])
         )
     return found
 
@@ -573,16 +674,22 @@ async def insert_changes(
     now: datetime,
 ) -> None:
     """Remember changes, a row for each SKU of each."""
-    rows = [
+    rows = _change_rows(made)
+    if rows:
+        await connection.execute(INSERT_CHANGES, *split(rows), now)
+
+
+def _change_rows(
+    made: Iterable[tuple[HoldChange, Sequence[Allocation], datetime]],
+) -> list[tuple[str, str, str, str, bytes, str, datetime]]:
+    return sorted(
         (
             sku, change.hold_id, change.request_id, change.kind.value, change.fingerprint,
             json.dumps([[a.location, a.quantity] for a in allocations if a.sku == sku]), expires_at,
         )
         for change, allocations, expires_at in made
         for sku in change.skus
-    ]  # fmt: skip
-    if rows:
-        await connection.execute(INSERT_CHANGES, *split(sorted(rows)), now)
+    )  # fmt: skip
 
 
 async def read_requests(connection: Connection, ids: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Request]:
@@ -665,7 +772,7 @@ async def movements_after(
 
 
 async def balance(connection: Connection, after: Key, keys_max: int) -> tuple[int, Key, list[Record]]:
-    """Compare the next keys that have moved since they were last found to agree, and remember those that do.
+    """Compare those of the next keys that have moved since they were last found to agree; remember those that do.
 
     Returns how many were looked at, the last of them, and a row for each that does not agree.
     """

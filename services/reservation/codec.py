@@ -1,6 +1,5 @@
 """Between the domain's data and the wire's: requests checked, answers and events made."""
 
-from collections.abc import Iterable
 from datetime import timedelta
 
 from holdfast.reservation.v1 import error_reason_pb2, events_pb2
@@ -21,7 +20,6 @@ from services.reservation.domain import (
 )
 from shared import check
 from shared.errors import ErrorMap
-from shared.outbox import Event
 from shared.refusal import Refusal
 from shared.wire import fingerprint, timestamp
 
@@ -200,11 +198,3 @@ def item_error(refusal: Refusal, errors: ErrorMap) -> pb.ItemError:
 
 def changed_payload(value: pb.Reservation, request_id: str = "") -> bytes:
     return events_pb2.ReservationChanged(reservation=value, request_id=request_id).SerializeToString()
-
-
-def changed(values: Iterable[tuple[Reservation, str]]) -> list[Event]:
-    """The events of reservations as they now are, each with the request that changed it."""
-    return [
-        Event(CHANGES_TOPIC, value.reservation_id, CHANGED_TYPE, changed_payload(reservation(value), request_id))
-        for value, request_id in values
-    ]

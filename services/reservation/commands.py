@@ -3,15 +3,16 @@
 The package's docstring says why the order of the steps is right.
 """
 
-from collections.abc import Sequence
-from datetime import datetime, timedelta
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import timedelta
 
+import asyncpg
 import structlog
 from holdfast.reservation.v1.reservation_pb2 import Reservation as Message
 
 from services.reservation import codec, domain, store
 from services.reservation.domain import (
-    Action,
     Ask,
     Change,
     Changed,
@@ -22,13 +23,13 @@ from services.reservation.domain import (
     reused,
 )
 from services.reservation.inventory import Inventory
-from shared import outbox
 from shared.database import ATTEMPTS_MAX, RETRIED, Connection, Database, unavailable
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
 Outcome = tuple[Reservation, bool]  # the reservation, and whether the request was known
 Told = tuple[Message, bool]  # the same, as it is sent
+Identity = tuple[str, str]  # reservation id and request id of a change
 
 EXPIRE_MAX = 500
 DRIVE_MAX = 500
@@ -104,89 +105,96 @@ class Commands:
 
     async def change(self, changes: Sequence[Change]) -> list[Outcome | Refusal]:
         """Carry out a batch of changes: intent, inventory, booking; a repeat gets its first outcome."""
+        first = {_identity(change): change for change in reversed(changes)}
         async with self._database.connection() as connection:
-            reservations = await store.read(connection, [change.reservation_id for change in changes])
-            known = await store.read_changes(connection, changes)
-        answers: list[Outcome | Refusal | None] = []
-        wanted: dict[tuple[str, str], Change] = {}
-        for change in changes:
-            identity = (change.reservation_id, change.request_id)
-            first = known[identity].change if identity in known else wanted.get(identity)
-            reservation = reservations.get(change.reservation_id)
-            if reservation is None:
-                answers.append(_unknown(change))
-            elif first and first.fingerprint != change.fingerprint:
-                answers.append(reused(change.request_id))
-            elif identity in known and known[identity].state != "PENDING":
-                answers.append(known[identity].refusal or (reservation, True))
-            elif not first and (refusal := _barred(reservation)):
-                answers.append(refusal)
-            else:
-                wanted[identity] = change
-                answers.append(None)
+            reservations = await store.read(connection, {name for name, _ in first})
+            held = [c for c in first.values() if _state(reservations, c) is State.HELD]
+            new = await store.insert_changes(connection, held)
+            others = [c for c in first.values() if c.reservation_id in reservations and _identity(c) not in new]
+            known = await store.read_changes(connection, others) if others else {}
+        wanted = {identity: first[identity] for identity in new}
+        wanted |= {identity: one.change for identity, one in known.items() if one.state == "PENDING"}
         booked = await self._carry_out(list(wanted.values()), reservations) if wanted else {}
-        return [
-            booked[change.reservation_id, change.request_id] if answer is None else answer
-            for change, answer in zip(changes, answers, strict=True)
-        ]
 
-    async def _carry_out(
-        self, changes: Sequence[Change], reservations: dict[str, Reservation]
-    ) -> dict[tuple[str, str], Outcome | Refusal]:
-        async def intend(connection: Connection) -> dict[tuple[str, str], store.KnownChange]:
-            await store.insert_changes(connection, changes)
-            return await store.read_changes(connection, changes)
-
-        intents = await self._database.run(intend)
-        # Another pod may have written its intent first: its content counts.
-        ours = [c for c in changes if intents[c.reservation_id, c.request_id].change.fingerprint == c.fingerprint]
-        outcomes: dict[tuple[str, str], Outcome | Refusal] = {
-            (c.reservation_id, c.request_id): reused(c.request_id) for c in changes if c not in ours
-        }
-        answers = await self._inventory.change([(c, reservations[c.reservation_id]) for c in ours])
-        done = list(zip(ours, answers, strict=True))
-        return outcomes | await self._database.run(lambda connection: self._book(connection, done))
-
-    async def _book(
-        self, connection: Connection, done: Sequence[tuple[Change, Changed | Refusal]]
-    ) -> dict[tuple[str, str], Outcome | Refusal]:
-        """Book what inventory answered. What another pod has booked meanwhile is not booked twice."""
-        applied = [(change, answer) for change, answer in done if not isinstance(answer, Refusal)]
-        refused = [(change, answer) for change, answer in done if isinstance(answer, Refusal)]
-        await store.lock(connection, [change.reservation_id for change, _ in done])
-        turned = await store.apply_changes(connection, [change for change, _ in applied])
-        parts: dict[tuple[str, str, str], tuple[int, int, int]] = {}
-        until: dict[str, datetime] = {}
-        for change, answer in applied:
-            if (change.reservation_id, change.request_id) not in turned:
-                continue
-            until[change.reservation_id] = answer.expires_at
-            for sku, location, units in answer.allocations:
-                key = (change.reservation_id, sku, location)
-                confirmed, cancelled, expired = parts.get(key, (0, 0, 0))
-                if change.action is Action.CONFIRM:
-                    confirmed += units
-                else:
-                    cancelled += units
-                parts[key] = (confirmed, cancelled, expired)
-        await store.refuse_changes(connection, refused)
-        await store.move(connection, parts)
-        await self._settle(connection, until)
-        now = await store.read(connection, [change.reservation_id for change, _ in applied])
-        by = {change.reservation_id: change.request_id for change, _ in applied}
-        await outbox.write(connection, codec.changed((now[name], by[name]) for name in until))
-        outcomes: dict[tuple[str, str], Outcome | Refusal] = {
-            (change.reservation_id, change.request_id): answer for change, answer in refused
-        }
-        for change, _ in applied:
-            identity = (change.reservation_id, change.request_id)
-            outcomes[identity] = (now[change.reservation_id], identity not in turned)
+        outcomes: list[Outcome | Refusal] = []
+        for change in changes:
+            identity = _identity(change)
+            reservation = reservations.get(change.reservation_id)
+            before = known[identity].change if identity in known else wanted.get(identity)
+            if reservation is None:
+                outcomes.append(_unknown(change))
+            elif before is None:
+                outcomes.append(domain.barred(reservation))
+            elif before.fingerprint != change.fingerprint:
+                outcomes.append(reused(change.request_id))
+            elif identity in booked:
+                outcomes.append(booked[identity])
+            else:
+                outcomes.append(known[identity].refusal or (reservation, True))
         return outcomes
 
-    async def _settle(self, connection: Connection, until: dict[str, datetime]) -> None:
-        allocations = await store.read_allocations(connection, sorted(until))
-        states = {name: (domain.settle(allocations[name]), time) for name, time in until.items()}
-        await store.settle(connection, states)
+    async def _carry_out(
+        self, changes: Sequence[Change], reservations: Mapping[str, Reservation]
+    ) -> dict[Identity, Outcome | Refusal]:
+        """Ask inventory for changes whose intents are kept, and book its answers."""
+        answers = await self._inventory.change([(c, reservations[c.reservation_id]) for c in changes])
+        done = list(zip(changes, answers, strict=True))
+        try:
+            async with self._database.connection() as connection:
+                return await self._book(connection, reservations, done)
+        except (*RETRIED, asyncpg.DivisionByZeroError):
+            return await self._database.run(lambda connection: self._book_locked(connection, done))
+
+    async def _book_locked(
+        self, connection: Connection, done: Sequence[tuple[Change, Changed | Refusal]]
+    ) -> dict[Identity, Outcome | Refusal]:
+        """As `_book`, from reservations that nobody else can change; what was booked meanwhile is left as it is."""
+        names = {change.reservation_id for change, _ in done}
+        await store.lock(connection, names)
+        reservations = await store.read(connection, names)
+        known = await store.read_changes(connection, [change for change, _ in done])
+        pending = [(change, answer) for change, answer in done if known[_identity(change)].state == "PENDING"]
+        booked = await self._book(connection, reservations, pending)
+        return {
+            identity: booked.get(identity) or one.refusal or (reservations[identity[0]], True)
+            for identity, one in known.items()
+        }
+
+    async def _book(
+        self,
+        connection: Connection,
+        reservations: Mapping[str, Reservation],
+        done: Sequence[tuple[Change, Changed | Refusal]],
+    ) -> dict[Identity, Outcome | Refusal]:
+        """Book what inventory answered, on reservations as they were read, in one statement."""
+        now: dict[str, Reservation] = {}
+        by: dict[str, str] = {}
+        for change, answer in done:
+            name = change.reservation_id
+            if not isinstance(answer, Refusal):
+                now[name] = domain.book(now.get(name, reservations[name]), change.action, answer)
+                by[name] = change.request_id
+        written = await self._write(
+            connection,
+            [(reservations[name], after, by[name]) for name, after in now.items()],
+            [(change, answer if isinstance(answer, Refusal) else None) for change, answer in done],
+        )
+        return {
+            _identity(change): answer if isinstance(answer, Refusal) else (written[change.reservation_id], False)
+            for change, answer in done
+        }
+
+    async def _write(
+        self,
+        connection: Connection,
+        settled: Sequence[tuple[Reservation, Reservation, str]],
+        decided: Sequence[tuple[Change, Refusal | None]] = (),
+    ) -> dict[str, Reservation]:
+        """Write reservations (as read, as they now are, the request that did it), one version on, with their events."""
+        rows = [(was, replace(now, version=was.version + 1), by) for was, now, by in settled]
+        events = [(was, now, codec.changed_payload(codec.reservation(now), by)) for was, now, by in rows]
+        await store.book(connection, events, decided, codec.CHANGES_TOPIC, codec.CHANGED_TYPE)
+        return {now.reservation_id: now for _, now, _ in rows}
 
     async def drive_on(self, age_seconds: float) -> int:
         """Carry out changes that have been PENDING for a while; return how many."""
@@ -218,18 +226,11 @@ class Commands:
         if not expired:
             return 0
         await store.lock(connection, expired)
-        before = await store.read_allocations(connection, sorted(expired))
-        parts = {
-            (name, sku, location): (0, 0, units)
-            for name, answer in expired.items()
-            for sku, location, units in domain.expiry(before[name], answer.allocations)
-        }
-        until = {name: expired[name].expires_at for name, _, _ in parts}
-        await store.move(connection, parts)
-        await self._settle(connection, until)
-        now = await store.read(connection, until)
-        await outbox.write(connection, codec.changed((now[name], "") for name in until))
-        return len(until)
+        before = await store.read(connection, expired)
+        after = {name: domain.book_expiry(before[name], answer) for name, answer in expired.items()}
+        ended = [(before[name], now, "") for name, now in after.items() if now is not before[name]]
+        await self._write(connection, ended)
+        return len(ended)
 
 
 def _unwanted(pair: tuple[Ask, Held], known: dict[str, Reservation]) -> bool:
@@ -241,12 +242,13 @@ def _unwanted(pair: tuple[Ask, Held], known: dict[str, Reservation]) -> bool:
     return stored.fingerprint != ask.fingerprint or stored.state is not State.HELD
 
 
-def _barred(reservation: Reservation) -> Refusal | None:
-    try:
-        domain.require_held(reservation)
-    except Refusal as refusal:
-        return refusal
-    return None
+def _identity(change: Change) -> Identity:
+    return change.reservation_id, change.request_id
+
+
+def _state(reservations: Mapping[str, Reservation], change: Change) -> State | None:
+    reservation = reservations.get(change.reservation_id)
+    return reservation.state if reservation else None
 
 
 def _unknown(change: Change) -> Refusal:

@@ -1,7 +1,7 @@
 """What a reservation may do: frozen data and pure transitions."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 
@@ -161,24 +161,23 @@ class Change:
 
 @dataclass(frozen=True, slots=True)
 class Changed:
-    """Inventory's answer to a change: quantities by (sku, location), and until when the rest is held."""
+    """Inventory's answer to a change: quantities by (sku, location), until when the rest is held, and when it was."""
 
     allocations: tuple[tuple[str, str, int], ...]
     expires_at: datetime
+    changed_at: datetime
 
 
 def reused(request_id: str) -> Refusal:
     return Refusal(Reason.REQUEST_ID_REUSED, f"{request_id} was used with other content", request_id=request_id)
 
 
-def require_held(reservation: Reservation) -> None:
-    """Only what is HELD can change; an expired reservation says so."""
+def barred(reservation: Reservation) -> Refusal:
+    """Why a reservation that is not HELD cannot change; an expired one says so."""
     name, state = reservation.reservation_id, reservation.state
-    if state is State.HELD:
-        return
     if state is State.EXPIRED:
-        raise Refusal(Reason.RESERVATION_EXPIRED, f"the time of {name} has come", reservation_id=name)
-    raise Refusal(
+        return Refusal(Reason.RESERVATION_EXPIRED, f"the time of {name} has come", reservation_id=name)
+    return Refusal(
         Reason.RESERVATION_NOT_HELD, f"{name} is {state}: nothing of it is held", reservation_id=name, state=state
     )
 
@@ -195,13 +194,39 @@ def settle(allocations: Iterable[Allocation]) -> State:
     return State.CANCELLED
 
 
-def expiry(allocations: Iterable[Allocation], expired: Iterable[tuple[str, str, int]]) -> list[tuple[str, str, int]]:
-    """What is still to be booked of all that ever expired; never more than is held here."""
-    known = {(part.sku, part.location): part for part in allocations}
-    booked = []
-    for sku, location, total in expired:
-        part = known[sku, location]
-        units = min(total - part.expired, part.held)
-        if units > 0:
-            booked.append((sku, location, units))
-    return booked
+def book(reservation: Reservation, action: Action, changed: Changed) -> Reservation:
+    """The reservation after inventory has carried out a change of it."""
+    units = {(sku, location): quantity for sku, location, quantity in changed.allocations}
+    column = "confirmed" if action is Action.CONFIRM else "cancelled"
+    return _moved(reservation, changed, column, units)
+
+
+def book_expiry(reservation: Reservation, expired: Changed) -> Reservation:
+    """The reservation after what `expired` says has ever expired of it; never more than is held here.
+
+    The same reservation where all of that is booked already.
+    """
+    total = {(sku, location): quantity for sku, location, quantity in expired.allocations}
+    due = {
+        (part.sku, part.location): units
+        for part in reservation.allocations
+        if (units := min(total.get((part.sku, part.location), 0) - part.expired, part.held)) > 0
+    }
+    return _moved(reservation, expired, "expired", due) if due else reservation
+
+
+def _moved(reservation: Reservation, changed: Changed, column: str, units: dict[tuple[str, str], int]) -> Reservation:
+    """Move units from held to another column; the state follows, and neither time runs backwards."""
+    allocations = tuple(
+        replace(part, **{"held": part.held - gone, column: getattr(part, column) + gone})
+        if (gone := units.get((part.sku, part.location), 0))
+        else part
+        for part in reservation.allocations
+    )
+    return replace(
+        reservation,
+        allocations=allocations,
+        state=settle(allocations),
+        expires_at=max(reservation.expires_at, changed.expires_at),
+        updated_at=max(reservation.updated_at, changed.changed_at),
+    )

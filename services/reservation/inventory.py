@@ -1,5 +1,6 @@
 """Inventory as reservation sees it: batches of holds in, this service's own data and refusals out."""
 
+import asyncio
 from collections.abc import Iterable, Sequence
 
 import grpc
@@ -44,12 +45,11 @@ class Inventory:
 
     async def change(self, changes: Sequence[tuple[Change, Reservation]]) -> list[Changed | Refusal]:
         """Commit, release or extend, each by its request id."""
-        answers: dict[int, Changed | Refusal] = {}
-        for action in Action:
-            chosen = [n for n, (change, _) in enumerate(changes) if change.action is action]
-            if chosen:
-                answers |= zip(chosen, await self._change(action, [changes[n] for n in chosen]), strict=True)
-        return [answers[n] for n in range(len(changes))]
+        chosen = [[item for item in changes if item[0].action is action] for action in Action]
+        calls = (self._change(action, items) for action, items in zip(Action, chosen, strict=True) if items)
+        answered = iter(await asyncio.gather(*calls))
+        answers = {action: iter(next(answered)) for action, items in zip(Action, chosen, strict=True) if items}
+        return [next(answers[change.action]) for change, _ in changes]
 
     async def expire(self, reservations: Sequence[Reservation]) -> list[Changed | Refusal]:
         """All that ever expired of each hold; a Refusal where its time is to come or it is unknown."""
@@ -156,7 +156,7 @@ def _placed(result: inventory_pb2.HoldResult) -> Held | Refusal:
 def _changed(result: inventory_pb2.HoldChangeResult) -> Changed | Refusal:
     if result.HasField("error"):
         return _refusal(result.hold_id, result.error)
-    return Changed(_parts(result), moment(result.expire_time))
+    return Changed(_parts(result), moment(result.expire_time), moment(result.change_time))
 
 
 def _refusal(hold_id: str, error: inventory_pb2.ItemError) -> Refusal:

@@ -4,7 +4,7 @@ Rows of several reservations are always written in ascending reservation id.
 """
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -51,32 +51,28 @@ KNOWN = """
 SELECT reservation.reservation_id FROM unnest($1::text[]) AS asked (reservation_id)
   JOIN reservation ON reservation.reservation_id = asked.reservation_id
 """
-READ_RESERVATIONS = """
-SELECT reservation.* FROM unnest($1::text[]) AS asked (reservation_id)
+# Reservations whole: a row each, with their lines and allocations.
+READ = """
+SELECT reservation.*,
+  ARRAY(SELECT (sku, location, quantity, minimum, currency_code, price_micros) FROM reservation_line AS line
+        WHERE line.reservation_id = reservation.reservation_id ORDER BY line_no) AS lines,
+  ARRAY(SELECT (sku, location, held, confirmed, cancelled, expired) FROM allocation
+        WHERE allocation.reservation_id = reservation.reservation_id ORDER BY sku, location) AS allocations
+FROM unnest($1::text[]) AS asked (reservation_id)
   JOIN reservation ON reservation.reservation_id = asked.reservation_id
-"""
-READ_LINES = """
-SELECT line.* FROM unnest($1::text[]) AS asked (reservation_id)
-  JOIN reservation_line AS line ON line.reservation_id = asked.reservation_id
-ORDER BY line.reservation_id, line_no
-"""
-READ_ALLOCATIONS = """
-SELECT allocation.* FROM unnest($1::text[]) AS asked (reservation_id)
-  JOIN allocation ON allocation.reservation_id = asked.reservation_id
-ORDER BY allocation.reservation_id, allocation.sku, allocation.location
 """
 READ_CHANGES = """
 SELECT change.* FROM unnest($1::text[], $2::text[]) AS asked (reservation_id, request_id)
   JOIN reservation_change AS change
     ON change.reservation_id = asked.reservation_id AND change.request_id = asked.request_id
 """
-# The intent, before inventory is asked; whoever inserts first, the content is compared by all.
+# The intent, before inventory is asked. What does not come back was known.
 INSERT_CHANGES = """
 INSERT INTO reservation_change (reservation_id, request_id, action, fingerprint, lines, ttl)
 SELECT reservation_id, request_id, action, fingerprint, lines::jsonb, ttl
 FROM unnest($1::text[], $2::text[], $3::text[], $4::bytea[], $5::text[], $6::interval[])
   AS new (reservation_id, request_id, action, fingerprint, lines, ttl)
-ON CONFLICT DO NOTHING
+ON CONFLICT DO NOTHING RETURNING reservation_id, request_id
 """
 # What nobody came back for.
 PENDING_CHANGES = """
@@ -88,37 +84,35 @@ LOCK = """
 UPDATE reservation SET version = version FROM unnest($1::text[]) AS asked (reservation_id)
 WHERE reservation.reservation_id = asked.reservation_id
 """
-# Whoever turns PENDING books; everyone else finds it done.
-APPLY_CHANGES = """
-UPDATE reservation_change AS change SET state = 'APPLIED'
-FROM unnest($1::text[], $2::text[]) AS asked (reservation_id, request_id)
-WHERE change.reservation_id = asked.reservation_id AND change.request_id = asked.request_id
-  AND change.state = 'PENDING'
-RETURNING change.reservation_id, change.request_id
-"""
-REFUSE_CHANGES = """
-UPDATE reservation_change AS change SET state = 'REFUSED', refusal = asked.refusal::jsonb
-FROM unnest($1::text[], $2::text[], $3::text[]) AS asked (reservation_id, request_id, refusal)
-WHERE change.reservation_id = asked.reservation_id AND change.request_id = asked.request_id
-  AND change.state = 'PENDING'
-"""
-# Quantities move from held to where they went; the CHECK constraint guards what is left.
-MOVE = """
-UPDATE allocation SET held = held - gone.confirmed - gone.cancelled - gone.expired,
-                      confirmed = allocation.confirmed + gone.confirmed,
-                      cancelled = allocation.cancelled + gone.cancelled,
-                      expired = allocation.expired + gone.expired
-FROM unnest($1::text[], $2::text[], $3::text[], $4::bigint[], $5::bigint[], $6::bigint[])
-  AS gone (reservation_id, sku, location, confirmed, cancelled, expired)
-WHERE allocation.reservation_id = gone.reservation_id AND allocation.sku = gone.sku
-  AND allocation.location = gone.location
-"""
-# The state that the quantities amount to (`domain.settle`), and a later expiry where there is one.
-SETTLE = """
-UPDATE reservation SET state = new.state, version = version + 1, updated_at = clock_timestamp(),
-                       expires_at = greatest(reservation.expires_at, new.expires_at)
-FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS new (reservation_id, state, expires_at)
-WHERE reservation.reservation_id = new.reservation_id
+# Reservations as they now are, what became of the changes that made them so, and their events, in one
+# statement. A reservation that is not at the version it was read at, or a change that is not PENDING any
+# more, divides by zero and undoes it all: another pod was there.
+BOOK = """
+WITH settled AS (
+  UPDATE reservation SET state = new.state, version = new.version + 1, expires_at = new.expires_at,
+                         updated_at = new.updated_at
+  FROM unnest($1::text[], $2::bigint[], $3::text[], $4::timestamptz[], $5::timestamptz[])
+    AS new (reservation_id, version, state, expires_at, updated_at)
+  WHERE reservation.reservation_id = new.reservation_id AND reservation.version = new.version
+  RETURNING reservation.reservation_id
+), decided AS (
+  UPDATE reservation_change AS change SET state = new.state, refusal = new.refusal::jsonb
+  FROM unnest($6::text[], $7::text[], $8::text[], $9::text[]) AS new (reservation_id, request_id, state, refusal)
+  WHERE change.reservation_id = new.reservation_id AND change.request_id = new.request_id
+    AND change.state = 'PENDING'
+  RETURNING change.reservation_id
+), moved AS (
+  UPDATE allocation SET held = new.held, confirmed = new.confirmed, cancelled = new.cancelled, expired = new.expired
+  FROM unnest($10::text[], $11::text[], $12::text[], $13::bigint[], $14::bigint[], $15::bigint[], $16::bigint[])
+    AS new (reservation_id, sku, location, held, confirmed, cancelled, expired)
+  WHERE allocation.reservation_id = new.reservation_id AND allocation.sku = new.sku
+    AND allocation.location = new.location
+), told AS (
+  INSERT INTO outbox (topic, type, keys, payloads, traceparent)
+  SELECT $17, $18, $1, $19, $20 WHERE cardinality($1) > 0
+)
+SELECT 1 / ((SELECT count(*) FROM settled) = cardinality($1)
+            AND (SELECT count(*) FROM decided) = cardinality($6))::int
 """
 DUE = """
 SELECT reservation_id FROM reservation WHERE state = 'HELD' AND expires_at <= now()
@@ -195,35 +189,14 @@ def _short_lines(value: str | None) -> tuple[ShortLine, ...]:
 
 async def read(connection: Connection, ids: Iterable[str]) -> dict[str, Reservation]:
     """Reservations whole, by id; unknown ones are left out."""
-    asked = sorted(set(ids))
-    lines: dict[str, list[Line]] = {}
-    for row in await connection.fetch(READ_LINES, asked):
-        lines.setdefault(row["reservation_id"], []).append(
-            Line(
-                row["sku"], row["location"], row["quantity"], row["minimum"], row["currency_code"],
-                row["price_micros"],
-            )
-        )  # fmt: skip
-    allocations = await read_allocations(connection, asked)
     return {
         row["reservation_id"]: Reservation(
             row["reservation_id"], row["customer_id"], State(row["state"]), Mode(row["mode"]), row["fingerprint"],
-            tuple(lines.get(row["reservation_id"], ())), tuple(allocations.get(row["reservation_id"], ())),
+            tuple(Line(*line) for line in row["lines"]), tuple(Allocation(*part) for part in row["allocations"]),
             _short_lines(row["short_lines"]), row["expires_at"], row["created_at"], row["updated_at"], row["version"],
         )
-        for row in await connection.fetch(READ_RESERVATIONS, asked)
+        for row in await connection.fetch(READ, sorted(set(ids)))
     }  # fmt: skip
-
-
-async def read_allocations(connection: Connection, ids: Sequence[str]) -> dict[str, list[Allocation]]:
-    found: dict[str, list[Allocation]] = {}
-    for row in await connection.fetch(READ_ALLOCATIONS, ids):
-        found.setdefault(row["reservation_id"], []).append(
-            Allocation(
-                row["sku"], row["location"], row["held"], row["confirmed"], row["cancelled"], row["expired"]
-            )
-        )  # fmt: skip
-    return found
 
 
 async def read_changes(connection: Connection, changes: Iterable[Change]) -> dict[tuple[str, str], KnownChange]:
@@ -253,7 +226,8 @@ def _change(row: Record) -> Change:
     )
 
 
-async def insert_changes(connection: Connection, changes: Iterable[Change]) -> None:
+async def insert_changes(connection: Connection, changes: Iterable[Change]) -> set[tuple[str, str]]:
+    """Keep changes as PENDING; return (reservation id, request id) of those that were not known."""
     rows = sorted(
         (
             (
@@ -264,8 +238,10 @@ async def insert_changes(connection: Connection, changes: Iterable[Change]) -> N
         ),
         key=lambda row: row[:2],
     )  # fmt: skip
-    if rows:
-        await connection.execute(INSERT_CHANGES, *columns(rows, 6))
+    if not rows:
+        return set()
+    inserted = await connection.fetch(INSERT_CHANGES, *columns(rows, 6))
+    return {(row["reservation_id"], row["request_id"]) for row in inserted}
 
 
 async def pending_changes(connection: Connection, age: timedelta, limit: int) -> list[Change]:
@@ -276,33 +252,40 @@ async def lock(connection: Connection, ids: Iterable[str]) -> None:
     await connection.execute(LOCK, sorted(set(ids)))
 
 
-async def apply_changes(connection: Connection, changes: Iterable[Change]) -> set[tuple[str, str]]:
-    """Turn PENDING changes into APPLIED; return those that this call turned."""
-    asked = sorted({(change.reservation_id, change.request_id) for change in changes})
-    rows = await connection.fetch(APPLY_CHANGES, *columns(asked, 2))
-    return {(row["reservation_id"], row["request_id"]) for row in rows}
+async def book(
+    connection: Connection,
+    settled: Sequence[tuple[Reservation, Reservation, bytes]],
+    decided: Iterable[tuple[Change, Refusal | None]],
+    topic: str,
+    kind: str,
+    traceparent: str = "",
+) -> None:
+    """Write reservations (as read, as they now are, the payload of the event) and what became of changes.
 
-
-async def refuse_changes(connection: Connection, refused: Iterable[tuple[Change, Refusal]]) -> None:
-    rows = sorted(
-        (change.reservation_id, change.request_id, json.dumps([r.reason, r.message, r.metadata]))
-        for change, r in refused
-    )
-    if rows:
-        await connection.execute(REFUSE_CHANGES, *columns(rows, 3))
-
-
-async def move(connection: Connection, parts: Mapping[tuple[str, str, str], tuple[int, int, int]]) -> None:
-    """Move (confirmed, cancelled, expired) units of (reservation, sku, location) out of held."""
-    if parts:
-        keys = sorted(parts)
-        await connection.execute(MOVE, *columns(keys, 3), *columns((parts[key] for key in keys), 3))
-
-
-async def settle(connection: Connection, states: Mapping[str, tuple[State, datetime]]) -> None:
-    rows = [(name, state.value, until) for name, (state, until) in sorted(states.items())]
-    if rows:
-        await connection.execute(SETTLE, *columns(rows, 3))
+    Raises asyncpg.DivisionByZeroError, and nothing is written, where another pod has written meanwhile.
+    """
+    ordered = sorted(settled, key=lambda one: one[0].reservation_id)
+    rows = [
+        (now.reservation_id, before.version, now.state.value, now.expires_at, now.updated_at)
+        for before, now, _ in ordered
+    ]
+    changes = sorted(
+        (
+            c.reservation_id, c.request_id, "REFUSED" if refusal else "APPLIED",
+            json.dumps([refusal.reason, refusal.message, refusal.metadata]) if refusal else None,
+        )
+        for c, refusal in decided
+    )  # fmt: skip
+    allocations = [
+        (now.reservation_id, part.sku, part.location, part.held, part.confirmed, part.cancelled, part.expired)
+        for before, now, _ in ordered
+        for part, was in zip(now.allocations, before.allocations, strict=True)
+        if part != was
+    ]
+    await connection.execute(
+        BOOK, *columns(rows, 5), *columns(changes, 4), *columns(allocations, 7), topic, kind,
+        [payload for _, _, payload in ordered], traceparent,
+    )  # fmt: skip
 
 
 async def due(connection: Connection, limit: int) -> list[str]:

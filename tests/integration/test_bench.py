@@ -36,7 +36,7 @@ async def test_the_usual_way_holds_refuses_and_repeats(usual: stage.Servers, sta
         stubs = [reservation_pb2_grpc.ReservationServiceStub(channel) for channel in (one, other)]
         answers = await asyncio.gather(*(stubs[n % 2].Reserve(each) for n, each in enumerate(asked)))
         assert [answer.outcome for answer in answers] == [HELD] * 20
-        assert (await stubs[0].Reserve(request(stage.ON_HAND))).outcome == REJECTED
+        assert (await stubs[0].Reserve(request(stage.RECEIPT))).outcome == REJECTED
         assert (await stubs[1].Reserve(asked[0])).replayed
     connection = await asyncpg.connect(stack.postgres_dsn("usual"))
     row = await connection.fetchrow("SELECT held, version FROM stock WHERE sku = 'S1'")
@@ -44,7 +44,7 @@ async def test_the_usual_way_holds_refuses_and_repeats(usual: stage.Servers, sta
     events = await connection.fetchval("SELECT count(*) FROM outbox")
     await connection.close()
     assert row is not None
-    assert (row["held"], row["version"], movements, events) == (20, 20, 20, 41)
+    assert (row["held"], row["version"], movements, events) == (20, 21, 21, 41)
 
 
 async def test_echo_answers_what_it_is_asked() -> None:

@@ -40,6 +40,11 @@ HOT = {
     "PLACE": f"{KEYS}, array[1, 1], array[1, 1], array[1, 2], array['h', 'h'], array[1, 1], array[1, 1],"
     " array['S000100', 'S000200'], array[0, 0], array['MAIN', 'MAIN'], array[''::bytea, ''],"
     " array[interval '1 h', '1 h'], ''",
+    "CHANGE": f"{KEYS}, array[1, 1], array[1, 1], array[1, 1], array[1, 2], array['h100', 'h200'], array['r', 'r'],"
+    " array['COMMIT', 'COMMIT'], array[1, 1], array[1, 1], array[1, 1], array[1, 1],"
+    f" {IDS}, array[0, 0], array[1, 1], array[now(), now()], array[1, 1], array[0, 0],"
+    f" {IDS}, array['r', 'r'], array['COMMIT', 'COMMIT'], array[''::bytea, ''], array['[]', '[]'],"
+    " array[now(), now()], ''",
     "LOCK": KEYS,
     "READ_STOCK": KEYS,
     "READ_HOLDS": IDS,
@@ -66,13 +71,16 @@ async def test_inventory_reads_and_writes_by_index(large: Database) -> None:
 @pytest.mark.parametrize(
     ("name", "arguments"),
     [
-        ("READ_RESERVATIONS", "array['a', 'b']"),
-        ("READ_LINES", "array['a', 'b']"),
-        ("READ_ALLOCATIONS", "array['a', 'b']"),
+        ("READ", "array['a', 'b']"),
         ("READ_CHANGES", "array['a', 'b'], array['r', 'r']"),
         ("LOCK", "array['a', 'b']"),
         ("KNOWN", "array['a', 'b']"),
-        ("MOVE", "array['a'], array['A'], array['X'], array[1], array[0], array[0]"),
+        (
+            "BOOK",
+            "array['a'], array[1], array['CONFIRMED'], array[now()], array[now()], array['a'], array['r'],"
+            " array['APPLIED'], array[null::text], array['a'], array['A'], array['X'], array[0], array[1], array[0],"
+            " array[0], 't', 'k', array[''::bytea], ''",
+        ),
         ("PENDING_CHANGES", "interval '5 s', 10"),
         ("DUE", "10"),
     ],

@@ -80,7 +80,7 @@ async def test_dead_between_inventory_and_booking(
     part = change(name, Action.CONFIRM, ChangeLine(sku, "", 2), request_id="first")
     other = change(name, Action.CANCEL, ChangeLine(sku, "", 1), request_id="second")
 
-    async def dies(_connection: Connection, _done: object) -> None:
+    async def dies(*_: object) -> None:
         raise Crash
 
     with monkeypatch.context() as patch:
@@ -108,7 +108,7 @@ async def test_an_unbooked_sale_is_not_taken_for_expired(
     name = held(made)
     part = change(name, Action.CONFIRM, ChangeLine(sku, "", 2))
 
-    async def dies(_connection: Connection, _done: object) -> None:
+    async def dies(*_: object) -> None:
         raise Crash
 
     with monkeypatch.context() as patch:
