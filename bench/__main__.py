@@ -142,6 +142,7 @@ class Bench:
                 "Reserve at 3 x its capacity", pods, rate=3 * capacity, deadline_seconds=DEADLINE_SECONDS
             )
             self._ratio("overload_goodput", flood.rate / capacity)
+            self._ratio("overload_p95_ms", flood.percentile(95))
 
     def stage(self, pods: Holdfasts, ceiling: float) -> None:
         """The highest rate of the mixed scenario that is sustained, in steps of 5 % of echo's."""

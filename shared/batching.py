@@ -5,9 +5,11 @@ that it has just answered, as most of them are on their way back: never longer t
 only until about as many wait as there are. Without it callers fall into two halves that are served in
 turn, in batches of half the size at the same latency.
 
-What waits is bounded in items and in bytes, and what finds the queue full is refused at once
-(OVERLOADED). An item whose caller has gone, or whose deadline has passed, is dropped before the work
-begins. Order of arrival is kept.
+What waits is bounded in items, in bytes and in time, and what finds the queue full is refused at once
+(OVERLOADED). In time: when batches are full and yet leave something behind, more comes than can be done, and
+waiting helps nobody; then who comes after the oldest has waited for `queue_seconds_max` is refused. A burst,
+or a batch that takes long, is no such sign: what comes meanwhile waits. An item whose caller has gone, or
+whose deadline has passed, is dropped before the work begins. Order of arrival is kept.
 """
 
 import asyncio
@@ -29,6 +31,7 @@ class _Waiting(Generic[Item, Result]):
     item: Item
     lines: int
     size_bytes: int
+    since: float
     deadline: float
     done: asyncio.Future[Result]
 
@@ -47,8 +50,10 @@ class Batcher(Generic[Item, Result]):
     batch_lines_max: int = 4096
     queue_items_max: int = 4096
     queue_bytes_max: int = 32 << 20
+    queue_seconds_max: float = 0.1
     _queue: deque[_Waiting[Item, Result]] = field(default_factory=deque, init=False)
     _queue_bytes: int = field(default=0, init=False)
+    _left_behind: bool = field(default=False, init=False)
     _worker: asyncio.Task[None] | None = field(default=None, init=False)
 
     async def submit(
@@ -65,16 +70,14 @@ class Batcher(Generic[Item, Result]):
         Raises Refusal OVERLOADED when the queue is full. The future has the item's result or exception, or
         Refusal DEADLINE_PASSED when `seconds_left` were over before the item's batch began.
         """
-        if len(self._queue) >= self.queue_items_max or self._queue_bytes + size_bytes > self.queue_bytes_max:
-            raise Refusal(
-                "OVERLOADED",
-                f"more than {self.queue_items_max} calls wait; come back later",
-                queue=self.name,
-                limit=self.queue_items_max,
-            )
         loop = asyncio.get_running_loop()
-        deadline = float("inf") if seconds_left is None else loop.time() + seconds_left
-        waiting: _Waiting[Item, Result] = _Waiting(item, lines, size_bytes, deadline, loop.create_future())
+        now = loop.time()
+        if len(self._queue) >= self.queue_items_max or self._queue_bytes + size_bytes > self.queue_bytes_max:
+            raise self._overloaded(f"more than {self.queue_items_max} calls wait", self.queue_items_max)
+        if self._left_behind and now - self._queue[0].since > self.queue_seconds_max:
+            raise self._overloaded(f"calls wait for more than {self.queue_seconds_max} s", self.queue_seconds_max)
+        deadline = float("inf") if seconds_left is None else now + seconds_left
+        waiting: _Waiting[Item, Result] = _Waiting(item, lines, size_bytes, now, deadline, loop.create_future())
         self._queue.append(waiting)
         self._queue_bytes += size_bytes
         if self._worker is None:
@@ -132,4 +135,8 @@ class Batcher(Generic[Item, Result]):
                 continue
             batch.append(waiting)
             lines += waiting.lines
+        self._left_behind = bool(self._queue)
         return batch
+
+    def _overloaded(self, message: str, limit: float) -> Refusal:
+        return Refusal("OVERLOADED", f"{message}; come back later", queue=self.name, limit=limit)

@@ -25,6 +25,9 @@ class Settings(BaseSettings):
     batch_lines_max: int = Field(default=4096, ge=1, description="Lines in one batch.")
     queue_items_max: int = Field(default=4096, ge=1, description="Calls that wait; more are refused.")
     queue_bytes_max: int = Field(default=32 << 20, ge=1, description="Bytes that wait; more are refused.")
+    queue_seconds_max: float = Field(
+        default=0.1, gt=0, description="Wait of the oldest call while batches are full; more are refused."
+    )
     drain_seconds_max: float = Field(default=10, gt=0, description="For calls in flight when stopping.")
     connection_age_seconds_max: int = Field(
         default=300, ge=1, description="After it clients reconnect and so find new pods."

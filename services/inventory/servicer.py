@@ -334,6 +334,7 @@ def _batcher(
         batch_lines_max=settings.batch_lines_max,
         queue_items_max=settings.queue_items_max,
         queue_bytes_max=settings.queue_bytes_max,
+        queue_seconds_max=settings.queue_seconds_max,
     )
 
 

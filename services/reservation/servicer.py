@@ -62,6 +62,7 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
             "batch_lines_max": settings.batch_lines_max,
             "queue_items_max": settings.queue_items_max,
             "queue_bytes_max": settings.queue_bytes_max,
+            "queue_seconds_max": settings.queue_seconds_max,
         }
         self._reserve: Batcher[Ask, Told] = Batcher("reserves", commands.reserve, **bounds)
         self._change: Batcher[Change, Outcome] = Batcher("changes", commands.change, **bounds)

@@ -77,9 +77,8 @@ async def test_inventory_reads_and_writes_by_index(large: Database) -> None:
         ("KNOWN", "array['a', 'b']"),
         (
             "BOOK",
-            "array['a'], array[1], array['CONFIRMED'], array[now()], array[now()], array['a'], array['r'],"
-            " array['APPLIED'], array[null::text], array['a'], array['A'], array['X'], array[0], array[1], array[0],"
-            " array[0], 't', 'k', array[''::bytea], ''",
+            "array['a'], array[1], array['HELD'], array[now()], array[now()], array['a'], array['r'], array['APPLIED'],"
+            f" array[null::text], array['a'], array['A'], array['X'], {'array[0],' * 4} 't', 'k', array[''::bytea], ''",
         ),
         ("PENDING_CHANGES", "interval '5 s', 10"),
         ("DUE", "10"),

@@ -12,7 +12,7 @@ from services.reservation.domain import Action, Ask, Change, ChangeLine, Line, M
 from services.reservation.inventory import Inventory
 from shared.channel import open_channel
 from shared.client import Holdfast
-from shared.database import Connection, Database
+from shared.database import Database
 from shared.refusal import Refusal
 from tests.e2e.shop import goods, new, stock
 

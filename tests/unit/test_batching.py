@@ -67,6 +67,27 @@ async def test_a_full_queue_refuses_at_once() -> None:
     assert list(await asyncio.gather(first, second, third)) == [0, 10, 30]
 
 
+async def test_a_queue_that_full_batches_do_not_empty_refuses_who_would_wait_too_long() -> None:
+    """A slow batch is waited for; when a full one leaves something behind, the oldest's wait is the bound."""
+    work = Work()
+    batcher = Batcher("test", work.handle, batch_items_max=2, queue_seconds_max=0)
+    tasks = [asyncio.ensure_future(batcher.submit(0))]
+    await started(work)
+    tasks += [asyncio.ensure_future(batcher.submit(n)) for n in (1, 2, 3)]
+    await asyncio.sleep(0)
+    work.go.set()
+    await tasks[0]
+    work.go.clear()
+    await started(work, 2)
+    with pytest.raises(Refusal) as late:
+        await batcher.submit(4)
+    assert late.value.reason == "OVERLOADED"
+    assert late.value.metadata == {"queue": "test", "limit": "0"}
+    work.go.set()
+    assert list(await asyncio.gather(*tasks)) == [0, 10, 20, 30]
+    assert await batcher.submit(5) == 50
+
+
 async def test_who_is_late_or_gone_costs_nothing() -> None:
     """A passed deadline is refused and a cancelled caller dropped, both before the work begins."""
     work = Work()
