@@ -9,7 +9,8 @@ What waits is bounded in items, in bytes and in time, and what finds the queue f
 (OVERLOADED). In time: when batches are full and yet leave something behind, more comes than can be done, and
 waiting helps nobody; then who comes after the oldest has waited for `queue_seconds_max` is refused. A burst,
 or a batch that takes long, is no such sign: what comes meanwhile waits. An item whose caller has gone, or
-whose deadline has passed, is dropped before the work begins. Order of arrival is kept.
+whose deadline will have passed when a batch like the last one is done, is dropped before the work begins.
+Order of arrival is kept.
 """
 
 import asyncio
@@ -46,14 +47,15 @@ class Batcher(Generic[Item, Result]):
 
     name: str
     handle: Callable[[Sequence[Item]], Awaitable[Sequence[Result | Exception]]]
-    batch_items_max: int = 256
+    batch_items_max: int = 512
     batch_lines_max: int = 4096
     queue_items_max: int = 4096
     queue_bytes_max: int = 32 << 20
-    queue_seconds_max: float = 0.1
+    queue_seconds_max: float = 0.25
     _queue: deque[_Waiting[Item, Result]] = field(default_factory=deque, init=False)
     _queue_bytes: int = field(default=0, init=False)
     _left_behind: bool = field(default=False, init=False)
+    _batch_seconds: float = field(default=0, init=False)
     _worker: asyncio.Task[None] | None = field(default=None, init=False)
 
     async def submit(
@@ -68,7 +70,7 @@ class Batcher(Generic[Item, Result]):
         """Put an item into the queue, for who has many and wants no task for each.
 
         Raises Refusal OVERLOADED when the queue is full. The future has the item's result or exception, or
-        Refusal DEADLINE_PASSED when `seconds_left` were over before the item's batch began.
+        Refusal DEADLINE_PASSED when `seconds_left` were too few for the item's batch.
         """
         loop = asyncio.get_running_loop()
         now = loop.time()
@@ -105,8 +107,9 @@ class Batcher(Generic[Item, Result]):
                     waiting.done.set_exception(result)
                 else:
                     waiting.done.set_result(result)
+            self._batch_seconds = loop.time() - began
             if len(batch) > 1:
-                await self._gather(len(batch) + len(self._queue), loop.time() - began)
+                await self._gather(len(batch) + len(self._queue), self._batch_seconds)
         self._worker = None
 
     async def _gather(self, callers: int, seconds_max: float) -> None:
@@ -117,7 +120,7 @@ class Batcher(Generic[Item, Result]):
             await asyncio.sleep(min(GATHER_TICK_SECONDS, until - now))
 
     def _take(self) -> list[_Waiting[Item, Result]]:
-        now = asyncio.get_running_loop().time()
+        answered_at = asyncio.get_running_loop().time() + (self._batch_seconds if len(self._queue) > 1 else 0)
         batch: list[_Waiting[Item, Result]] = []
         lines = 0
         while self._queue and len(batch) < self.batch_items_max:
@@ -128,10 +131,8 @@ class Batcher(Generic[Item, Result]):
             self._queue_bytes -= waiting.size_bytes
             if waiting.done.done():
                 continue
-            if waiting.deadline <= now:
-                waiting.done.set_exception(
-                    Refusal("DEADLINE_PASSED", "the caller's time was over before the work began")
-                )
+            if waiting.deadline <= answered_at:
+                waiting.done.set_exception(Refusal("DEADLINE_PASSED", "the caller's time is too short for the work"))
                 continue
             batch.append(waiting)
             lines += waiting.lines

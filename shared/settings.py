@@ -21,12 +21,12 @@ class Settings(BaseSettings):
 
     database_connections_max: int = Field(default=10, ge=2, le=200)
     database_timeout_seconds: float = Field(default=10, gt=0, description="For one statement.")
-    batch_items_max: int = Field(default=256, ge=1, le=1000, description="Calls in one batch.")
+    batch_items_max: int = Field(default=512, ge=1, le=1000, description="Calls in one batch.")
     batch_lines_max: int = Field(default=4096, ge=1, description="Lines in one batch.")
     queue_items_max: int = Field(default=4096, ge=1, description="Calls that wait; more are refused.")
     queue_bytes_max: int = Field(default=32 << 20, ge=1, description="Bytes that wait; more are refused.")
     queue_seconds_max: float = Field(
-        default=0.1, gt=0, description="Wait of the oldest call while batches are full; more are refused."
+        default=0.25, gt=0, description="Wait of the oldest call while batches are full; more are refused."
     )
     drain_seconds_max: float = Field(default=10, gt=0, description="For calls in flight when stopping.")
     connection_age_seconds_max: int = Field(

@@ -61,6 +61,11 @@ HOT = {
     "BALANCE": "'', '', 10",
 }
 
+BOOKED = (
+    "array['a'], array[1], array['HELD'], array[now()], array[now()], array['a'], array['r'], array['APPLIED'],"
+    f" array[null::text], array['a'], array['A'], array['X'], {'array[0],' * 4} 't', 'k', array[''::bytea], ''"
+)
+
 
 async def test_inventory_reads_and_writes_by_index(large: Database) -> None:
     """No hot statement of inventory scans a table, for two keys or as its general plan."""
@@ -75,11 +80,7 @@ async def test_inventory_reads_and_writes_by_index(large: Database) -> None:
         ("READ_CHANGES", "array['a', 'b'], array['r', 'r']"),
         ("LOCK", "array['a', 'b']"),
         ("KNOWN", "array['a', 'b']"),
-        (
-            "BOOK",
-            "array['a'], array[1], array['HELD'], array[now()], array[now()], array['a'], array['r'], array['APPLIED'],"
-            f" array[null::text], array['a'], array['A'], array['X'], {'array[0],' * 4} 't', 'k', array[''::bytea], ''",
-        ),
+        ("BOOK", BOOKED),
         ("PENDING_CHANGES", "interval '5 s', 10"),
         ("DUE", "10"),
     ],
