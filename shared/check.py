@@ -4,6 +4,7 @@ import re
 from datetime import UTC, datetime, timedelta
 
 from google.protobuf.duration_pb2 import Duration
+from google.protobuf.message import Message
 from google.protobuf.timestamp_pb2 import Timestamp
 
 from shared.refusal import Refusal
@@ -12,6 +13,7 @@ CODE = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
 CURRENCY = re.compile(r"[A-Z]{3}")
 QUANTITY_MAX = 10**12
 MICROS_MAX = 10**15
+BUSINESS_YEARS = range(2000, 2100)
 TTL_SECONDS_DEFAULT = 15 * 60
 TTL_SECONDS_MAX = 24 * 3600
 
@@ -66,6 +68,16 @@ def ttl(value: Duration, field: str) -> timedelta:
     if not 0 <= value.nanos < 10**9 or not 1 <= value.seconds + value.nanos / 1e9 <= TTL_SECONDS_MAX:
         raise invalid(field, f"must be from 1 to {TTL_SECONDS_MAX} seconds")
     return timedelta(seconds=value.seconds, microseconds=value.nanos // 1000)
+
+
+def business_time(message: Message, name: str, field: str) -> datetime | None:
+    """When something happened, as a caller says it in the field `name`; None where it does not say."""
+    if not message.HasField(name):
+        return None
+    asked = time(getattr(message, name), field)
+    if asked.year not in BUSINESS_YEARS:
+        raise invalid(field, f"must be from {BUSINESS_YEARS[0]} to {BUSINESS_YEARS[-1]}")
+    return asked
 
 
 def time(value: Timestamp, field: str) -> datetime:

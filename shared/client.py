@@ -17,6 +17,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
+from holdfast.analytics.v1 import analytics_pb2_grpc
 from holdfast.inventory.v1 import inventory_pb2, inventory_pb2_grpc
 from holdfast.reservation.v1 import reservation_pb2, reservation_pb2_grpc
 
@@ -30,12 +31,14 @@ IMPORT_CHUNK_ROWS = 500
 
 
 class Holdfast:
-    """Both services' calls. `pods` counts the answers that each pod gave."""
+    """All services' calls. `pods` counts the answers that each pod gave. Analytics may be left out."""
 
-    def __init__(self, inventory_target: str, reservation_target: str) -> None:
-        self._channels = [open_channel(inventory_target), open_channel(reservation_target)]
+    def __init__(self, inventory_target: str, reservation_target: str, analytics_target: str = "") -> None:
+        targets = [inventory_target, reservation_target, analytics_target]
+        self._channels = [open_channel(target) for target in targets if target]
         self.inventory = inventory_pb2_grpc.InventoryServiceStub(self._channels[0])
         self.reservation = reservation_pb2_grpc.ReservationServiceStub(self._channels[1])
+        self.analytics = analytics_pb2_grpc.AnalyticsServiceStub(self._channels[-1])
         self.pods: Counter[str] = Counter()
 
     async def __aenter__(self) -> Self:

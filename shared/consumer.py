@@ -7,8 +7,9 @@
 * Anything else is broken: nothing is committed and the consumer stops with it; whoever started it
   starts it again, and the messages come again.
 
-Each partition is worked in order, partitions at the same time. Offsets are committed after the
-handler, so a message comes at least once and handlers must be idempotent. Too many dead letters within
+Each partition is worked in order, partitions at the same time. Offsets are committed after the handler, so
+a message comes at least once and handlers must be idempotent; or the handler keeps them with what it
+writes, in one transaction, and then each message counts once. Too many dead letters within
 a minute are a sign that the consumer is wrong and not the messages: it stops (`DeadLetterLimitError`)
 before it has drained a topic into the dead letters.
 
@@ -18,15 +19,16 @@ were not replayed before back to where they came from, each once.
 
 import argparse
 import asyncio
-import contextlib
 import os
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import structlog
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
+from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, KafkaError
 
 from shared.outbox import producer
@@ -56,75 +58,123 @@ class Poison(Exception):
         self.reason = reason
 
 
-Handler = Callable[[Sequence[Message]], Awaitable[Sequence[Poison | None]]]
+class Elsewhere(Exception):
+    """A batch does not begin where its partition has got to: someone else has worked it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Messages of one partition, in order, read from the offset `start` on; the first may be later."""
+
+    partition: TopicPartition
+    start: int
+    messages: Sequence[Message]
+
+    @property
+    def end(self) -> int:
+        """The offset from which to read on."""
+        return int(self.messages[-1].offset) + 1
+
+
+Bury = Callable[[Message, Poison], Awaitable[None]]
+Handler = Callable[[Batch, Bury], Awaitable[None]]
+Positions = Callable[[Sequence[TopicPartition]], Awaitable[Mapping[TopicPartition, int]]]
 
 
 class Consumer:
-    """Feeds `handle` with batches of one partition each; it answers with None or Poison for each message."""
+    """Feeds `handle` with batches of one partition each. It buries what is poison, before it commits the rest.
+
+    Offsets are Kafka's, committed after the handler. A handler that keeps them with what it writes gives
+    `positions`, which tells from where partitions are to be read; then Kafka's are left alone, and Elsewhere
+    makes the consumer ask again.
+    """
 
     def __init__(
         self,
         bootstrap: str,
-        topic: str,
+        topics: Sequence[str],
         group: str,
         dlq_topic: str,
         handle: Handler,
         *,
         dlq_messages_max: int = 100,
+        batch_messages_max: int = BATCH_MESSAGES_MAX,
+        positions: Positions | None = None,
     ) -> None:
         self._bootstrap = bootstrap
-        self._topic = topic
+        self._topics = topics
         self._group = group
         self._dlq_topic = dlq_topic
         self._handle = handle
         self._dlq_messages_max = dlq_messages_max
+        self._batch_messages_max = batch_messages_max
+        self._positions = positions
         self._dlq_times: deque[float] = deque()
+        self._at: dict[TopicPartition, int] = {}
 
     async def run(self) -> None:
         """Consume until cancelled. Raises what is broken; KafkaError when the brokers are away."""
         consumer = AIOKafkaConsumer(
-            self._topic,
             bootstrap_servers=self._bootstrap,
             group_id=self._group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
         )
+        consumer.subscribe(self._topics, listener=_Assigned(lambda partitions: self._seek(consumer, partitions)))
         sender = producer(self._bootstrap, self._group)
         try:
             await consumer.start()
             await sender.start()
             while True:
-                batches = await consumer.getmany(timeout_ms=1000, max_records=BATCH_MESSAGES_MAX)
+                batches = await consumer.getmany(timeout_ms=1000, max_records=self._batch_messages_max)
                 if batches:
                     async with asyncio.TaskGroup() as group:
                         for partition, messages in batches.items():
-                            group.create_task(self._work(consumer, sender, partition, messages))
+                            start = self._at.get(partition, messages[0].offset)
+                            batch = Batch(partition, start, messages)
+                            group.create_task(self._work(consumer, sender, batch))
         finally:
             await consumer.stop()
             await sender.stop()
 
-    async def _work(
-        self,
-        consumer: AIOKafkaConsumer,
-        sender: AIOKafkaProducer,
-        partition: TopicPartition,
-        messages: Sequence[Message],
-    ) -> None:
-        outcomes = await self._patiently(messages)
-        for message, outcome in zip(messages, outcomes, strict=True):
-            if outcome is not None:
-                await self._bury(sender, message, outcome)
-        # A partition that has moved to another member is worked again there; handlers are idempotent.
-        with contextlib.suppress(CommitFailedError, IllegalStateError):
-            await consumer.commit({partition: messages[-1].offset + 1})
+    async def _seek(self, consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition]) -> None:
+        """Read on from where the partitions have got to."""
+        if self._positions and partitions:
+            for partition, offset in (await self._positions(sorted(partitions))).items():
+                consumer.seek(partition, offset)
+                self._at[partition] = offset
 
-    async def _patiently(self, messages: Sequence[Message]) -> Sequence[Poison | None]:
+    async def _work(self, consumer: AIOKafkaConsumer, sender: AIOKafkaProducer, batch: Batch) -> None:
+        # A partition that has moved to another member is worked again there; handlers are idempotent.
+        try:
+            await self._patiently(sender, batch)
+            if self._positions:
+                self._at[batch.partition] = batch.end
+            else:
+                await consumer.commit({batch.partition: batch.end})
+        except Elsewhere:
+            log.warning(
+                "partition was worked elsewhere", topic=batch.partition.topic, partition=batch.partition.partition
+            )
+            if batch.partition in consumer.assignment():
+                await self._seek(consumer, [batch.partition])
+        except (CommitFailedError, IllegalStateError):
+            pass
+
+    async def _patiently(self, sender: AIOKafkaProducer, batch: Batch) -> None:
+        buried: set[int] = set()
+
+        async def bury(message: Message, poison: Poison) -> None:
+            if message.offset not in buried:
+                await self._bury(sender, message, poison)
+                buried.add(message.offset)
+
         wait = 0.05
         while True:
             try:
-                return await self._handle(messages)
+                return await self._handle(batch, bury)
             except Busy as busy:
-                log.warning("consumer waits", topic=self._topic, seconds=wait, why=str(busy))
+                log.warning("consumer waits", topic=batch.partition.topic, seconds=wait, why=str(busy))
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, BUSY_SECONDS_MAX)
 
@@ -134,7 +184,7 @@ class Consumer:
             self._dlq_times.popleft()
         if len(self._dlq_times) >= self._dlq_messages_max:
             raise DeadLetterLimitError(
-                f"more than {self._dlq_messages_max} dead letters in {DLQ_WINDOW_SECONDS} s on {self._topic}"
+                f"more than {self._dlq_messages_max} dead letters in {DLQ_WINDOW_SECONDS} s on {message.topic}"
             )
         self._dlq_times.append(now)
         origin = f"{message.topic}/{message.partition}/{message.offset}"
@@ -142,6 +192,19 @@ class Consumer:
         kept = [(name, value) for name, value in message.headers if not name.startswith("dlq_")]
         added = [("dlq_reason", poison.reason.encode()), ("dlq_origin", origin.encode())]
         await sender.send_and_wait(self._dlq_topic, message.value, key=message.key, headers=[*kept, *added])
+
+
+class _Assigned(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
+    """Calls `seek` with what was assigned, before anything of it is fetched."""
+
+    def __init__(self, seek: Callable[[Collection[TopicPartition]], Awaitable[None]]) -> None:
+        self._seek = seek
+
+    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+        """What is under way finds its partition elsewhere."""
+
+    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
+        await self._seek(assigned)
 
 
 async def dead_letters(bootstrap: str, topic: str, *, limit: int, group: str | None = None) -> list[Message]:

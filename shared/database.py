@@ -11,7 +11,7 @@ order whichever side the planner puts first, which is what keeps two batches fro
 
 import asyncio
 import random
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, TypeVar
 
@@ -69,7 +69,13 @@ class Database:
 
     @classmethod
     async def connect(
-        cls, dsn: str, *, name: str, connections_max: int = 10, timeout_seconds: float = 10
+        cls,
+        dsn: str,
+        *,
+        name: str,
+        connections_max: int = 10,
+        timeout_seconds: float = 10,
+        planner: Mapping[str, str] = PLANNER,
     ) -> "Database":
         """Open the pool; `name` is shown in pg_stat_activity."""
         pool = await asyncpg.create_pool(
@@ -78,7 +84,7 @@ class Database:
             max_size=connections_max,
             command_timeout=timeout_seconds,
             timeout=ACQUIRE_SECONDS_MAX,
-            server_settings={"application_name": name, **PLANNER},
+            server_settings={"application_name": name, **planner},
             reset=_nothing,
         )
         return cls(pool)

@@ -17,10 +17,12 @@ events stand in a table already keeps no second copy of them, only where they ar
 """
 
 import asyncio
+import time
 import uuid
 import zlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
+from datetime import datetime
 from itertools import groupby
 
 import structlog
@@ -28,11 +30,13 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from aiokafka.producer.message_accumulator import BatchBuilder
 
+from shared import watermark
 from shared.database import Connection, Database
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
 RELAY_GROUPS_MAX = 64
+WATERMARK_SECONDS = 0.5
 SCHEMA_VERSION = b"1"
 EVENT_IDS = 1 << 128
 
@@ -96,10 +100,13 @@ OUTBOX = Source(peek, DELETE)
 class Relay:
     """Moves what waits in a database to Kafka."""
 
-    def __init__(self, database: Database, producer: AIOKafkaProducer, source: Source = OUTBOX) -> None:
+    def __init__(
+        self, database: Database, producer: AIOKafkaProducer, source: Source = OUTBOX, watermark_topic: str = ""
+    ) -> None:
         self._database = database
         self._producer = producer
         self._source = source
+        self._watermark_topic = watermark_topic
 
     async def relay_once(self, groups_max: int = RELAY_GROUPS_MAX) -> int:
         """Send the oldest groups, delete them when all is acknowledged; return how many.
@@ -141,15 +148,29 @@ class Relay:
         await asyncio.gather(*sent)
 
     async def run(self, *, poll_seconds: float) -> None:
-        """Relay until cancelled; wait `poll_seconds` when little was waiting, longer when Kafka is away."""
+        """Relay until cancelled; wait `poll_seconds` when little was waiting, longer when Kafka is away.
+
+        With a `watermark_topic` each of its partitions is told every half a second how far it is complete.
+        """
         wait = poll_seconds
+        told = 0.0
         while True:
             try:
-                wait = 0 if await self.relay_once() == RELAY_GROUPS_MAX else poll_seconds
+                due = bool(self._watermark_topic) and time.monotonic() - told >= WATERMARK_SECONDS
+                complete_until = await self._bound() if due else None
+                full = await self.relay_once() == RELAY_GROUPS_MAX
+                wait = 0 if full else poll_seconds
+                if complete_until and not full:
+                    await watermark.tell(self._producer, self._watermark_topic, complete_until)
+                    told = time.monotonic()
             except (KafkaError, Refusal) as error:
                 wait = min(max(wait, 0.1) * 2, 5)
                 log.warning("relay waits", error=type(error).__name__, seconds=wait)
             await asyncio.sleep(wait)
+
+    async def _bound(self) -> datetime:
+        async with self._database.connection() as connection:
+            return await watermark.bound(connection)
 
 
 def _headers(group: Group, number: int) -> list[tuple[str, bytes]]:

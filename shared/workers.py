@@ -52,12 +52,17 @@ async def alone(client: redis.Redis, name: str, work: Work, *, lock_ttl_seconds:
 
 
 async def relay(
-    database: Database, bootstrap: str, client_id: str, poll_seconds: float, source: Source = OUTBOX
+    database: Database,
+    bootstrap: str,
+    client_id: str,
+    poll_seconds: float,
+    source: Source = OUTBOX,
+    watermark_topic: str = "",
 ) -> None:
     """Move what waits to Kafka until cancelled. Raises KafkaError when the brokers cannot be found."""
     sender = producer(bootstrap, client_id)
     try:
         await sender.start()
-        await Relay(database, sender, source).run(poll_seconds=poll_seconds)
+        await Relay(database, sender, source, watermark_topic).run(poll_seconds=poll_seconds)
     finally:
         await sender.stop()

@@ -76,8 +76,8 @@ def pods(stack: Stack) -> Iterator[Supervisor]:
 
 @pytest.fixture
 async def holdfast(pods: Supervisor) -> AsyncIterator[Holdfast]:
-    """A client of both services, balanced over their pods."""
-    async with Holdfast(pods.targets["inventory"], pods.targets["reservation"]) as client:
+    """A client of all services, balanced over their pods."""
+    async with Holdfast(*(pods.targets[name] for name in ("inventory", "reservation", "analytics"))) as client:
         yield client
 
 

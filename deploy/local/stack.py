@@ -72,11 +72,12 @@ class _Died(StackError):
 
 
 class Topic(NamedTuple):
-    """A Kafka topic. Compacted: the last value of each key is kept for ever; otherwise Kafka's default retention."""
+    """A Kafka topic, kept for a week as is Kafka's default, or for ever: whole, or the last value of each key."""
 
     name: str
     partitions: int = 4
     compacted: bool = False
+    forever: bool = False
 
 
 def free_port() -> int:
@@ -301,7 +302,8 @@ class Stack:
                             name=topic.name,
                             num_partitions=topic.partitions,
                             replication_factor=1,
-                            topic_configs={"cleanup.policy": "compact" if topic.compacted else "delete"},
+                            topic_configs={"cleanup.policy": "compact" if topic.compacted else "delete"}
+                            | ({"retention.ms": "-1"} if topic.forever else {}),
                         )
                         for topic in topics
                     ]

@@ -38,13 +38,15 @@ class Service(NamedTuple):
 SERVICES = (
     Service("inventory", "inventory", "services.inventory"),
     Service("reservation", "reservation", "services.reservation", calls=("inventory",)),
+    Service("analytics", "analytics", "services.analytics"),
 )
 TOPICS = (
-    Topic("holdfast.inventory.movements.v1"),
+    Topic("holdfast.inventory.movements.v1", forever=True),
     Topic("holdfast.inventory.catalog.v1", compacted=True),
-    Topic("holdfast.reservation.changes.v1"),
+    Topic("holdfast.reservation.changes.v1", forever=True),
     Topic("holdfast.inventory.commands.v1"),
     Topic("holdfast.inventory.commands.v1.dlq"),
+    Topic("holdfast.analytics.dlq"),
 )
 SERVING_SECONDS_MAX = 60
 DRAIN_SECONDS_MAX = 15

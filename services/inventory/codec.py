@@ -69,6 +69,7 @@ def movement(value: domain.Movement, time: datetime) -> inventory_pb2.Movement:
         request_id=value.request_id,
         reference=value.reference,
         time=timestamp(time),
+        occur_time=timestamp(value.occurred_at) if value.occurred_at else None,
     )
 
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
+from functools import partial
 
 from shared.refusal import Refusal
 
@@ -124,6 +125,7 @@ class Movement:
     hold_id: str = ""
     request_id: str = ""
     reference: str = ""
+    occurred_at: datetime | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,6 +144,7 @@ class Adjustment:
     expected_version: int | None = None
     safety_stock: int = 0
     backorder_limit: int = 0
+    occurred_at: datetime | None = None
     fingerprint: bytes = b""
 
     @property
@@ -303,6 +306,7 @@ class Shelf:
         hold_id: str = "",
         request_id: str = "",
         reference: str = "",
+        occurred_at: datetime | None = None,
     ) -> Movement:
         """Book one movement. A shortage shrinks by itself as soon as it can; it grows only if allowed.
 
@@ -336,7 +340,9 @@ class Shelf:
             backorder_limit=backorder_limit,
             version=before.version + 1,
         )
-        movement = Movement(after, kind, on_hand, held, missing - before.short, hold_id, request_id, reference)
+        movement = Movement(
+            after, kind, on_hand, held, missing - before.short, hold_id, request_id, reference, occurred_at
+        )
         self.stocks[key] = after
         self.movements.append(movement)
         return movement
@@ -354,28 +360,13 @@ def adjust(shelf: Shelf, ask: Adjustment) -> list[Movement]:
             version=here.version,
             expected_version=ask.expected_version,
         )
+    move = partial(shelf.move, request_id=ask.request_id, reference=ask.reference, occurred_at=ask.occurred_at)
     match ask.change:
         case Change.RECEIVE | Change.RETURN:
-            return [
-                shelf.move(
-                    here.key,
-                    Kind(ask.change),
-                    on_hand=ask.quantity,
-                    request_id=ask.request_id,
-                    reference=ask.reference,
-                )
-            ]
+            return [move(here.key, Kind(ask.change), on_hand=ask.quantity)]
         case Change.SHIP:
             _require_free(here, ask.quantity)
-            return [
-                shelf.move(
-                    here.key,
-                    Kind.SHIP,
-                    on_hand=-ask.quantity,
-                    request_id=ask.request_id,
-                    reference=ask.reference,
-                )
-            ]
+            return [move(here.key, Kind.SHIP, on_hand=-ask.quantity)]
         case Change.TRANSFER:
             _require_free(here, ask.quantity)
             there = (ask.sku, ask.to_location)
@@ -387,26 +378,12 @@ def adjust(shelf: Shelf, ask: Adjustment) -> list[Movement]:
                     location=ask.to_location,
                 )
             return [
-                shelf.move(
-                    here.key,
-                    Kind.TRANSFER_OUT,
-                    on_hand=-ask.quantity,
-                    request_id=ask.request_id,
-                    reference=ask.reference,
-                ),
-                shelf.move(
-                    there,
-                    Kind.TRANSFER_IN,
-                    on_hand=ask.quantity,
-                    request_id=ask.request_id,
-                    reference=ask.reference,
-                ),
+                move(here.key, Kind.TRANSFER_OUT, on_hand=-ask.quantity),
+                move(there, Kind.TRANSFER_IN, on_hand=ask.quantity),
             ]
         case Change.POLICY:
             policy = (ask.safety_stock, ask.backorder_limit)
-            return [
-                shelf.move(here.key, Kind.POLICY, policy=policy, request_id=ask.request_id, reference=ask.reference)
-            ]
+            return [move(here.key, Kind.POLICY, policy=policy)]
         case Change.COUNT | Change.DAMAGE:
             delta = _found(here, ask)
             if delta < 0 and here.on_hand + delta < 0:
@@ -417,16 +394,7 @@ def adjust(shelf: Shelf, ask: Adjustment) -> list[Movement]:
                     location=here.location,
                     held=here.held,
                 )
-            return [
-                shelf.move(
-                    here.key,
-                    Kind(ask.change),
-                    on_hand=delta,
-                    allow_short=ask.allow_short,
-                    request_id=ask.request_id,
-                    reference=ask.reference,
-                )
-            ]
+            return [move(here.key, Kind(ask.change), on_hand=delta, allow_short=ask.allow_short)]
 
 
 def _found(here: Stock, ask: Adjustment) -> int:

@@ -107,6 +107,7 @@ def adjustment(value: inventory_pb2.StockAdjustment, field: str, request_id: str
         allow_short=value.allow_short,
         reference=check.text(value.reference, f"{field}.reference", 200),
         expected_version=_version(value.expected_version, f"{field}.expected_version"),
+        occurred_at=check.business_time(value, "occur_time", f"{field}.occur_time"),
         fingerprint=fingerprint(value),
     )
 

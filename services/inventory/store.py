@@ -256,15 +256,15 @@ FROM unnest($1::text[], $2::text[], $3::bytea[], $4::bytea[], $5::text[])
 INSERT_MOVEMENTS = """
 WITH moved AS (
   INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
-                        short, safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
-  SELECT new.*, $16::timestamptz
+                        short, safety_stock, backorder_limit, hold_id, request_id, reference, occurred_at, recorded_at)
+  SELECT new.*, $17::timestamptz
   FROM unnest($1::text[], $2::text[], $3::bigint[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[],
               $8::bigint[], $9::bigint[], $10::bigint[], $11::bigint[], $12::bigint[], $13::text[], $14::text[],
-              $15::text[]) AS new
+              $15::text[], $16::timestamptz[]) AS new
   RETURNING sku, location, version
 )
 INSERT INTO movement_outbox (skus, locations, versions, recorded_at, traceparent)
-SELECT array_agg(sku), array_agg(location), array_agg(version), $16::timestamptz, $17 FROM moved
+SELECT array_agg(sku), array_agg(location), array_agg(version), $17::timestamptz, $18 FROM moved
 """
 # The oldest groups of movements to be sent, in order of version for each key. The LIMIT keeps the planner
 # from reading the ledger first, which it would while its statistics are young.
@@ -725,7 +725,7 @@ async def insert_movements(
         (
             m.after.sku, m.after.location, m.after.version, m.kind.value, m.on_hand_delta, m.held_delta,
             m.short_delta, m.after.on_hand, m.after.held, m.after.short, m.after.safety_stock,
-            m.after.backorder_limit, m.hold_id, m.request_id, m.reference,
+            m.after.backorder_limit, m.hold_id, m.request_id, m.reference, m.occurred_at,
         )
         for m in movements
     )  # fmt: skip
@@ -749,7 +749,7 @@ def _movement(row: Record) -> tuple[Movement, datetime]:
     )  # fmt: skip
     movement = Movement(
         after, Kind(row["kind"]), row["on_hand_delta"], row["held_delta"], row["short_delta"], row["hold_id"],
-        row["request_id"], row["reference"],
+        row["request_id"], row["reference"], row["occurred_at"],
     )  # fmt: skip
     return movement, row["recorded_at"]
 

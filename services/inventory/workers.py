@@ -5,7 +5,6 @@ and decides nothing: two at once do no harm, and with Redis away each pod runs i
 """
 
 import asyncio
-from collections.abc import Sequence
 from datetime import UTC, datetime
 
 import redis.asyncio as redis
@@ -18,7 +17,7 @@ from services.inventory.commands import Commands
 from services.inventory.domain import Adjustment, Reason
 from services.inventory.settings import Settings
 from shared import check, workers
-from shared.consumer import Busy, Consumer, Message, Poison
+from shared.consumer import Batch, Bury, Busy, Consumer, Message, Poison
 from shared.database import Connection, Database
 from shared.outbox import OUTBOX, Group, Source
 from shared.refusal import Refusal
@@ -54,12 +53,12 @@ class Workers:
         """Run every worker; a fault in one is logged and it starts again, the others go on."""
         settings = self._settings
 
-        def relay(source: Source) -> workers.Work:
-            poll_seconds = settings.relay_poll_seconds
-            return lambda: workers.relay(self._database, settings.kafka_bootstrap, settings.pod, poll_seconds, source)
+        def relay(source: Source, watermark_topic: str = "") -> workers.Work:
+            bootstrap, poll_seconds = settings.kafka_bootstrap, settings.relay_poll_seconds
+            return lambda: workers.relay(self._database, bootstrap, settings.pod, poll_seconds, source, watermark_topic)
 
         alone: dict[str, workers.Work] = {
-            "movements": relay(MOVEMENTS),
+            "movements": relay(MOVEMENTS, codec.MOVEMENTS_TOPIC),
             "catalog": relay(OUTBOX),
             "sweeper": lambda: workers.forever(
                 lambda: workers.in_turns("holds expired", self._commands.sweep), settings.sweep_poll_seconds
@@ -88,20 +87,20 @@ class Workers:
     async def _obey(self) -> None:
         await Consumer(
             self._settings.kafka_bootstrap,
-            codec.COMMANDS_TOPIC,
+            [codec.COMMANDS_TOPIC],
             GROUP,
             f"{codec.COMMANDS_TOPIC}.dlq",
-            lambda messages: obey(self._commands, messages),
+            lambda batch, bury: obey(self._commands, batch, bury),
             dlq_messages_max=self._settings.dlq_messages_max,
         ).run()
 
 
-async def obey(commands: Commands, messages: Sequence[Message]) -> list[Poison | None]:
-    """Apply commands in order, each once; a refused or unreadable one is poison, with its reason.
+async def obey(commands: Commands, batch: Batch, bury: Bury) -> None:
+    """Apply commands in order, each once; bury what is refused or unreadable, with its reason.
 
     Raises Busy while the database is away.
     """
-    parsed = [_parse(message) for message in messages]
+    parsed = [_parse(message) for message in batch.messages]
     good = [ask for ask in parsed if isinstance(ask, Adjustment)]
     try:
         answers = iter(await commands.adjust(good) if good else [])
@@ -109,11 +108,10 @@ async def obey(commands: Commands, messages: Sequence[Message]) -> list[Poison |
         if refusal.reason == Reason.DATABASE_UNAVAILABLE:
             raise Busy(refusal.message) from refusal
         raise
-    outcomes: list[Poison | None] = []
-    for ask in parsed:
+    for message, ask in zip(batch.messages, parsed, strict=True):
         answer = next(answers) if isinstance(ask, Adjustment) else ask
-        outcomes.append(Poison(f"{answer.reason}: {answer.message}") if isinstance(answer, Refusal) else None)
-    return outcomes
+        if isinstance(answer, Refusal):
+            await bury(message, Poison(f"{answer.reason}: {answer.message}"))
 
 
 def _parse(message: Message) -> Adjustment | Refusal:
@@ -121,6 +119,8 @@ def _parse(message: Message) -> Adjustment | Refusal:
         command = events_pb2.StockCommand.FromString(message.value or b"")
         source = check.code(command.source, "source")
         source_id = check.code(command.source_id, "source_id")
+        if command.HasField("time") and not command.adjustment.HasField("occur_time"):
+            command.adjustment.occur_time.CopyFrom(command.time)
         ask = requests.adjustment(command.adjustment, "adjustment", f"{source}:{source_id}")
     except DecodeError:
         return Refusal(Reason.FIELD_INVALID, "not a StockCommand", field="value")

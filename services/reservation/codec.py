@@ -26,6 +26,7 @@ from shared.wire import fingerprint, timestamp
 CHANGES_TOPIC = "holdfast.reservation.changes.v1"
 CHANGED_TYPE = events_pb2.ReservationChanged.DESCRIPTOR.full_name
 LINES_MAX = 2_000
+VALUE_MICROS_MAX = 10**18
 
 _MODES = {
     pb.RESERVE_MODE_UNSPECIFIED: Mode.ALL,
@@ -59,12 +60,16 @@ def ask(request: pb.ReserveRequest, field: str = "") -> Ask:
         mode,
         check.ttl(request.ttl, f"{at}ttl"),
         fingerprint(request),
+        check.business_time(request, "order_time", f"{at}order_time"),
+        check.text(request.country, f"{at}country", 64),
     )
 
 
 def _line(line: pb.ReservationLine, mode: Mode, at: str) -> Line:
     check.quantity(line.quantity, f"{at}.quantity")
     most = line.quantity if mode is Mode.MINIMUM else 0
+    if line.quantity * line.unit_price.micros > VALUE_MICROS_MAX:
+        raise check.invalid(f"{at}.unit_price.micros", f"times the quantity must be at most {VALUE_MICROS_MAX}")
     return Line(
         check.code(line.sku, f"{at}.sku"),
         check.code(line.location, f"{at}.location", optional=True),
@@ -156,6 +161,8 @@ def reservation(value: Reservation) -> pb.Reservation:
         create_time=timestamp(value.created_at),
         update_time=timestamp(value.updated_at),
         version=value.version,
+        order_time=timestamp(value.order_time),
+        country=value.country,
     )
 
 
@@ -174,6 +181,8 @@ def made(ask: Ask, held: Held) -> pb.Reservation:
             held.expires_at,
             held.placed_at,
             held.placed_at,
+            ask.order_time or held.placed_at,
+            ask.country,
         )
     )
 

@@ -103,6 +103,8 @@ class Ask:
     mode: Mode
     ttl: timedelta
     fingerprint: bytes
+    order_time: datetime | None = None
+    country: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,6 +133,8 @@ class Reservation:
     expires_at: datetime
     created_at: datetime
     updated_at: datetime
+    order_time: datetime
+    country: str
     version: int = 1
 
     @property

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import AsyncIterator
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import grpc
 from holdfast.reservation.v1 import reservation_pb2 as pb
@@ -57,7 +58,7 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
     def __init__(self, settings: Settings, database: Database, commands: Commands) -> None:
         self._settings = settings
         self._database = database
-        bounds = {
+        bounds: dict[str, Any] = {
             "batch_items_max": settings.batch_items_max,
             "batch_lines_max": settings.batch_lines_max,
             "queue_items_max": settings.queue_items_max,

@@ -32,20 +32,22 @@ from shared.refusal import Refusal
 INSERT = """
 WITH made AS (
   INSERT INTO reservation (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at,
-                           created_at, updated_at)
-  SELECT reservation_id, customer_id, state, mode, fingerprint, short_lines::jsonb, expires_at, created_at, created_at
+                           created_at, updated_at, order_time, country)
+  SELECT reservation_id, customer_id, state, mode, fingerprint, short_lines::jsonb, expires_at, created_at, created_at,
+         coalesce(order_time, created_at), country
   FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::timestamptz[],
-              $8::timestamptz[])
-    AS new (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at, created_at)
+              $8::timestamptz[], $9::timestamptz[], $10::text[])
+    AS new (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at, created_at, order_time,
+            country)
 ), lines AS (
   INSERT INTO reservation_line (reservation_id, line_no, sku, location, quantity, minimum, currency_code, price_micros)
-  SELECT * FROM unnest($9::text[], $10::smallint[], $11::text[], $12::text[], $13::bigint[], $14::bigint[],
-                       $15::text[], $16::bigint[])
+  SELECT * FROM unnest($11::text[], $12::smallint[], $13::text[], $14::text[], $15::bigint[], $16::bigint[],
+                       $17::text[], $18::bigint[])
 ), allocations AS (
   INSERT INTO allocation (reservation_id, sku, location, held)
-  SELECT * FROM unnest($17::text[], $18::text[], $19::text[], $20::bigint[])
+  SELECT * FROM unnest($19::text[], $20::text[], $21::text[], $22::bigint[])
 )
-INSERT INTO outbox (topic, type, keys, payloads, traceparent) VALUES ($21, $22, $1, $23, $24)
+INSERT INTO outbox (topic, type, keys, payloads, traceparent) VALUES ($23, $24, $1, $25, $26)
 """
 KNOWN = """
 SELECT reservation.reservation_id FROM unnest($1::text[]) AS asked (reservation_id)
@@ -149,6 +151,7 @@ async def insert(
         (
             ask.reservation_id, ask.customer_id, (State.HELD if held.allocations else State.REJECTED).value,
             ask.mode.value, ask.fingerprint, _short_json(held.short_lines), held.expires_at, held.placed_at,
+            ask.order_time, ask.country,
         )
         for ask, held, _ in ordered
     ]  # fmt: skip
@@ -160,7 +163,7 @@ async def insert(
     allocations = [(ask.reservation_id, *part) for ask, held, _ in ordered for part in held.allocations]
     payloads = [payload for _, _, payload in ordered]
     await connection.execute(
-        INSERT, *columns(rows, 8), *columns(lines, 8), *columns(allocations, 4), topic, kind, payloads, traceparent
+        INSERT, *columns(rows, 10), *columns(lines, 8), *columns(allocations, 4), topic, kind, payloads, traceparent
     )
 
 
@@ -193,7 +196,8 @@ async def read(connection: Connection, ids: Iterable[str]) -> dict[str, Reservat
         row["reservation_id"]: Reservation(
             row["reservation_id"], row["customer_id"], State(row["state"]), Mode(row["mode"]), row["fingerprint"],
             tuple(Line(*line) for line in row["lines"]), tuple(Allocation(*part) for part in row["allocations"]),
-            _short_lines(row["short_lines"]), row["expires_at"], row["created_at"], row["updated_at"], row["version"],
+            _short_lines(row["short_lines"]), row["expires_at"], row["created_at"], row["updated_at"],
+            row["order_time"], row["country"], row["version"],
         )
         for row in await connection.fetch(READ, sorted(set(ids)))
     }  # fmt: skip

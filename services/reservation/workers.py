@@ -7,6 +7,7 @@ import asyncio
 
 import redis.asyncio as redis
 
+from services.reservation import codec
 from services.reservation.commands import Commands
 from services.reservation.settings import Settings
 from shared import workers
@@ -27,7 +28,11 @@ class Workers:
         settings = self._settings
         work = {
             "relay": lambda: workers.relay(
-                self._database, settings.kafka_bootstrap, settings.pod, settings.relay_poll_seconds
+                self._database,
+                settings.kafka_bootstrap,
+                settings.pod,
+                settings.relay_poll_seconds,
+                watermark_topic=codec.CHANGES_TOPIC,
             ),
             "sweeper": lambda: workers.forever(
                 lambda: workers.in_turns("reservations expired", self._commands.expire), settings.sweep_poll_seconds

@@ -2,7 +2,7 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
@@ -13,7 +13,7 @@ from deploy.local.stack import Stack, Topic
 from services.inventory import codec
 from services.inventory.commands import Commands
 from services.inventory.workers import MOVEMENTS, obey
-from shared.consumer import Busy, Consumer, DeadLetterLimitError, Message, Poison, dead_letters, replay
+from shared.consumer import Batch, Bury, Busy, Consumer, DeadLetterLimitError, Message, Poison, dead_letters, replay
 from shared.database import Database
 from shared.outbox import Event, Relay, producer, write
 from tests.e2e.shop import new
@@ -153,11 +153,10 @@ async def test_commands_are_obeyed_once_and_poison_is_set_aside(
     await put(commands, "A", 0)
     obeyed = asyncio.Event()
 
-    async def handle(messages: Sequence[Message]) -> list[Poison | None]:
-        outcomes = await obey(commands, messages)
-        if any(message.key == b"last" for message in messages):
+    async def handle(batch: Batch, bury: Bury) -> None:
+        await obey(commands, batch, bury)
+        if any(message.key == b"last" for message in batch.messages):
             obeyed.set()
-        return outcomes
 
     for key, value in (
         (b"A", command("1", "A", 5)),
@@ -168,7 +167,9 @@ async def test_commands_are_obeyed_once_and_poison_is_set_aside(
         (b"last", command("4", "A", 1)),
     ):
         await sender.send_and_wait(topic, value, key=key, partition=0)
-    running = asyncio.ensure_future(Consumer(stack.kafka_bootstrap, topic, new("group"), f"{topic}.dlq", handle).run())
+    running = asyncio.ensure_future(
+        Consumer(stack.kafka_bootstrap, [topic], new("group"), f"{topic}.dlq", handle).run()
+    )
     try:
         await asyncio.wait_for(obeyed.wait(), 20)
         letters = await read(stack, f"{topic}.dlq", 2)
@@ -195,16 +196,17 @@ async def test_busy_waits_and_too_many_dead_letters_stop(stack: Stack, sender: A
         await sender.send_and_wait(topic, json.dumps(n).encode())
     tries = 0
 
-    async def handle(messages: Sequence[Message]) -> list[Poison | None]:
+    async def handle(batch: Batch, bury: Bury) -> None:
         nonlocal tries
         tries += 1
         if tries < 3:
             raise Busy("not yet")
-        return [Poison("no good") for _ in messages]
+        for message in batch.messages:
+            await bury(message, Poison("no good"))
 
     consumer = Consumer(
         stack.kafka_bootstrap,
-        topic,
+        [topic],
         new("group"),
         f"{topic}.dlq",
         handle,

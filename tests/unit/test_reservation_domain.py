@@ -21,7 +21,7 @@ NOW = datetime(2026, 1, 1, tzinfo=UTC)
 
 
 def reservation(state: State, *parts: Allocation) -> Reservation:
-    return Reservation("r", "", state, Mode.ALL, b"", (), parts, (), NOW, NOW, NOW)
+    return Reservation("r", "", state, Mode.ALL, b"", (), parts, (), NOW, NOW, NOW, NOW, "")
 
 
 @pytest.mark.parametrize(

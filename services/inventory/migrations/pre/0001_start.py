@@ -123,6 +123,7 @@ STATEMENTS = (
         hold_id text COLLATE "C" NOT NULL,
         request_id text COLLATE "C" NOT NULL,
         reference text NOT NULL,
+        occurred_at timestamptz, -- as the caller said; reports are cut by it
         PRIMARY KEY (sku, location, version, recorded_at)
     ) PARTITION BY RANGE (recorded_at)
     """,

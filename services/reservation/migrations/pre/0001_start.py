@@ -17,6 +17,8 @@ STATEMENTS = (
         expires_at timestamptz NOT NULL,
         created_at timestamptz NOT NULL DEFAULT now(),
         updated_at timestamptz NOT NULL DEFAULT now(),
+        order_time timestamptz NOT NULL DEFAULT now(), -- as the caller said; reports are cut by it
+        country text NOT NULL DEFAULT '',
         version bigint NOT NULL DEFAULT 1,
         CONSTRAINT reservation_state_known
             CHECK (state IN ('HELD', 'CONFIRMED', 'CANCELLED', 'EXPIRED', 'REJECTED'))

@@ -1,0 +1,72 @@
+"""`python -m services.analytics [--role api|worker|all]`: builds the parts and runs them."""
+
+import argparse
+import asyncio
+import contextlib
+from typing import Any
+
+import redis.asyncio as redis
+import uvloop
+from holdfast.analytics.v1 import analytics_pb2, analytics_pb2_grpc
+
+from services.analytics.servicer import ERRORS, Servicer
+from services.analytics.settings import Settings
+from services.analytics.workers import Workers
+from shared import logs, server
+from shared.database import Database
+from shared.settings import load
+
+NAME = analytics_pb2.DESCRIPTOR.services_by_name["AnalyticsService"].full_name
+
+
+async def run(settings: Settings, role: str) -> None:
+    """Run a pod until it is told to stop. A worker serves health alone."""
+    # Reports choose their own joins; following events is by key, in order, as it is for the other services.
+    reads = await Database.connect(
+        settings.database_dsn,
+        name=settings.pod,
+        connections_max=settings.database_connections_max,
+        timeout_seconds=settings.report_seconds_max,
+        planner={"jit": "off"},
+    )
+    writes = await Database.connect(
+        settings.database_dsn,
+        name=f"{settings.pod} worker",
+        connections_max=settings.database_connections_max,
+        timeout_seconds=settings.report_seconds_max,
+    )
+    client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
+    api = role in {"api", "all"}
+    services = [NAME] if api else []
+
+    def register(target: Any) -> None:
+        if api:
+            analytics_pb2_grpc.add_AnalyticsServiceServicer_to_server(Servicer(settings, reads), target)
+
+    workers = None
+    if role in {"worker", "all"}:
+        workers = asyncio.create_task(Workers(settings, writes, client).run())
+    try:
+        listening, edge, checks = server.build(settings, ERRORS, register, services)
+        await server.serve(listening, edge, checks, services, settings.drain_seconds_max)
+    finally:
+        if workers:
+            workers.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await workers
+        await client.aclose()
+        await writes.close()
+        await reads.close()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(prog="python -m services.analytics", description="Run an analytics pod.")
+    parser.add_argument("--role", choices=("api", "worker", "all"), default="all")
+    role = parser.parse_args().role
+    settings = load(Settings)
+    logs.configure(level=settings.log_level, style=settings.log_format, pod=settings.pod)
+    uvloop.run(run(settings, role))
+
+
+if __name__ == "__main__":
+    main()

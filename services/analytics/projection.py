@@ -1,0 +1,157 @@
+"""From events to rows: batches of one partition, each in one transaction with its offset.
+
+The package's docstring says why nothing is lost or doubled.
+"""
+
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import replace
+from datetime import UTC, datetime
+from itertools import groupby
+from typing import TypeVar
+
+import structlog
+from aiokafka import TopicPartition
+
+from services.analytics import codec, domain, store
+from services.analytics.domain import KnownReservation, Movement, Reservation
+from services.analytics.store import Place
+from shared import watermark
+from shared.consumer import Batch, Bury, Busy, Elsewhere, Message, Poison
+from shared.database import Connection, Database
+from shared.refusal import Refusal
+
+log = structlog.get_logger(__name__)
+Item = TypeVar("Item")
+NEVER = datetime.min.replace(tzinfo=UTC)
+
+
+class Projection:
+    """Applies events to a database."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+        self._made: set[tuple[str, datetime]] = set()
+
+    async def positions(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        """The next offset of each partition."""
+        found: dict[TopicPartition, int] = {}
+        async with self._database.connection() as connection:
+            for topic, some in groupby(sorted(partitions), key=lambda partition: partition.topic):
+                offsets = await store.positions(connection, topic, [one.partition for one in some])
+                found |= {TopicPartition(topic, partition): offset for partition, offset in offsets.items()}
+        return found
+
+    async def apply(self, batch: Batch, bury: Bury) -> None:
+        """Apply a batch of one partition.
+
+        Raises Busy while the database is away, Elsewhere when the partition is not where the batch begins.
+        """
+        topic = batch.partition.topic
+        told = [time for message in batch.messages if (time := watermark.of(message))]
+        place = Place(topic, batch.partition.partition, batch.start, batch.end, max(told, default=NEVER))
+        try:
+            match topic:
+                case codec.MOVEMENTS_TOPIC:
+                    await self._movements(place, await _parse(batch.messages, codec.movement, bury))
+                case codec.CATALOG_TOPIC:
+                    await self._skus(place, await _parse(batch.messages, codec.sku, bury))
+                case _:
+                    await self._reservations(place, await _parse(batch.messages, codec.reservation, bury))
+        except Refusal as refusal:
+            raise Busy(refusal.message) from refusal
+
+    async def _run(self, place: Place, work: Callable[[Connection], Awaitable[None]]) -> None:
+        async def advanced(connection: Connection) -> None:
+            if not await store.advance(connection, place):
+                raise Elsewhere
+            await work(connection)
+
+        await self._database.run(advanced)
+
+    async def _movements(self, place: Place, movements: Sequence[Movement]) -> None:
+        await self._make_partitions(
+            {("movement", store.month(m.recorded_at)) for m in movements}
+            | {("goods_return", store.month(m.occurred_at)) for m in movements if m.kind == "RETURN"}
+        )
+
+        async def work(connection: Connection) -> None:
+            await write_movements(connection, place.partition, movements)
+            now = datetime.now(UTC)
+            await store.count_lag(
+                connection, place.topic, place.partition, (codec.lag_ms(m.recorded_at, now) for m in movements)
+            )
+
+        await self._run(place, work)
+
+    async def _skus(self, place: Place, rows: Sequence[tuple[str, str, str, str, str, int, bool, int]]) -> None:
+        async def work(connection: Connection) -> None:
+            if rows:
+                await store.write_skus(connection, rows)
+
+        await self._run(place, work)
+
+    async def _reservations(self, place: Place, reservations: Sequence[Reservation]) -> None:
+        months = {store.month(one.order_time) for one in reservations}
+        await self._make_partitions(
+            {(table, month) for table in ("reservation", "reservation_state", "sale") for month in months}
+            | {("refusal", store.month(one.created_at)) for one in reservations if one.short_lines}
+        )
+
+        async def work(connection: Connection) -> None:
+            await _write_reservations(connection, reservations)
+            now = datetime.now(UTC)
+            await store.count_lag(
+                connection, place.topic, place.partition, (codec.lag_ms(one.updated_at, now) for one in reservations)
+            )
+
+        await self._run(place, work)
+
+    async def _make_partitions(self, wanted: set[tuple[str, datetime]]) -> None:
+        for table, month in sorted(wanted - self._made):
+            async with self._database.connection() as connection:
+                await store.make_partition(connection, table, month)
+            self._made.add((table, month))
+
+
+async def write_movements(connection: Connection, partition: int, movements: Sequence[Movement]) -> None:
+    """Write the movements that are their keys' next, in the transaction that has locked the partition."""
+    if not movements:
+        return
+    known = await store.known_keys(connection, ((m.sku, m.location) for m in movements))
+    applied = domain.apply_movements(movements, known)
+    for (sku, location), version in applied.gaps.items():
+        log.warning("key stops at a gap", sku=sku, location=location, missing_version=version)
+    await store.write_movements(connection, partition, applied, known)
+
+
+async def _write_reservations(connection: Connection, reservations: Sequence[Reservation]) -> None:
+    if not reservations:
+        return
+    known = await store.known_reservations(connection, reservations)
+    new: list[Reservation] = []
+    sales = []
+    for one in reservations:
+        before = known.get(one.reservation_id) or KnownReservation()
+        if one.version <= before.version:
+            continue
+        sold = domain.sales(one, before)
+        first = one.updated_at if sold and not before.confirmed_at else before.confirmed_at
+        parts = {(part.sku, part.location): part.confirmed for part in one.parts}
+        known[one.reservation_id] = replace(before, version=one.version, confirmed_at=first, sold=parts)
+        new.append(one)
+        sales += sold
+    if new:
+        await store.write_reservations(connection, new, known, sales)
+
+
+async def _parse(messages: Sequence[Message], parse: Callable[[Message], Item], bury: Bury) -> list[Item]:
+    """What the messages say; those that will never do are buried first."""
+    items: list[Item] = []
+    for message in messages:
+        if watermark.of(message):
+            continue
+        try:
+            items.append(parse(message))
+        except Poison as poison:
+            await bury(message, poison)
+    return items

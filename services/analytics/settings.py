@@ -1,0 +1,19 @@
+"""What an analytics pod reads from its environment, beside what every pod does."""
+
+from pydantic import Field
+
+from shared import settings
+
+
+class Settings(settings.Settings):
+    """Units stand last in the names."""
+
+    batch_messages_max: int = Field(default=5_000, ge=1, description="Events applied in one transaction.")
+    dlq_messages_max: int = Field(default=100, ge=1, description="Poison events a minute; more stop the consumer.")
+    reports_max: int = Field(default=4, ge=1, description="Reports at once on a pod.")
+    reports_waiting_max: int = Field(default=64, ge=0, description="Reports that wait; more are refused.")
+    report_seconds_max: float = Field(default=60, gt=0, description="For one page of a report.")
+    wait_seconds_max: float = Field(default=10, gt=0, description="For events to arrive, where a call waits for them.")
+    retention_months: int = Field(default=25, ge=2, description="Movements older than this are dropped.")
+    heal_poll_seconds: float = Field(default=5, gt=0, description="Between looks for what gaps are missing.")
+    aging_poll_seconds: float = Field(default=30, gt=0, description="Between agings of the sums of the mart.")

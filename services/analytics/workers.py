@@ -1,0 +1,139 @@
+"""What analytics does without being asked: follow, heal, age, take snapshots, drop what is too old.
+
+Every pod follows: Kafka shares the partitions among them. The rest runs on one pod at a time, by a lock in
+Redis that saves work and decides nothing.
+"""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+
+import redis.asyncio as redis
+import structlog
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from services.analytics import codec, history, store
+from services.analytics.domain import Movement
+from services.analytics.projection import Projection, write_movements
+from services.analytics.settings import Settings
+from shared import watermark, workers
+from shared.consumer import Consumer, Poison
+from shared.database import Connection, Database
+
+log = structlog.get_logger(__name__)
+GROUP = "holdfast.analytics"
+DLQ_TOPIC = "holdfast.analytics.dlq"
+MONTHS_SECONDS = 3600
+HEAL_MARGIN = timedelta(minutes=5)
+READ_MS = 1_000
+
+
+class Workers:
+    """Tasks that `run` keeps going until it is cancelled."""
+
+    def __init__(self, settings: Settings, database: Database, client: redis.Redis) -> None:
+        self._settings = settings
+        self._database = database
+        self._redis = client
+
+    async def run(self) -> None:
+        """Run every worker; a fault in one is logged and it starts again, the others go on."""
+        settings = self._settings
+        alone: dict[str, workers.Work] = {
+            "healer": lambda: workers.forever(self._heal, settings.heal_poll_seconds),
+            "aging": lambda: workers.forever(self._age, settings.aging_poll_seconds),
+            "months": lambda: workers.forever(self._months, MONTHS_SECONDS),
+        }
+        async with asyncio.TaskGroup() as group:
+            group.create_task(workers.restarting("projection", self._follow))
+            for name, work in alone.items():
+                group.create_task(
+                    workers.alone(self._redis, f"analytics:{name}", work, lock_ttl_seconds=settings.lock_ttl_seconds)
+                )
+
+    async def _follow(self) -> None:
+        projection = Projection(self._database)
+        await Consumer(
+            self._settings.kafka_bootstrap,
+            codec.TOPICS,
+            GROUP,
+            DLQ_TOPIC,
+            projection.apply,
+            dlq_messages_max=self._settings.dlq_messages_max,
+            batch_messages_max=self._settings.batch_messages_max,
+            positions=projection.positions,
+        ).run()
+
+    async def _heal(self) -> None:
+        async with self._database.connection() as connection:
+            partitions = await store.partitions_with_gaps(connection)
+        for partition in partitions:
+            healed = await heal(self._database, self._settings.kafka_bootstrap, partition)
+            log.info("gaps healed", partition=partition, keys=healed)
+
+    async def _age(self) -> None:
+        hours = await self._database.run(store.age)
+        if hours:
+            log.info("sums aged", hours=hours)
+
+    async def _months(self) -> None:
+        async with self._database.connection() as connection:
+            fresh = await history.freshness(connection)
+        for start in await self._database.run(lambda connection: store.take_snapshots(connection, fresh.as_of)):
+            log.info("snapshot taken", month=start.isoformat())
+        oldest = datetime.now(UTC) - timedelta(days=31 * self._settings.retention_months)
+        for table in await self._database.run(lambda connection: store.drop_old(connection, oldest)):
+            log.info("dropped", table=table)
+
+
+async def heal(database: Database, bootstrap: str, partition: int) -> int:
+    """Read a partition of movements again for what its stopped keys are missing; return how many go on.
+
+    Most of it is read beforehand. The rest, up to where live events have got to, is read under the partition's
+    lock: live events wait for it, as otherwise they would run ahead of it for ever.
+    """
+    async with database.connection() as connection:
+        stopped = await store.gaps(connection, partition)
+    if not stopped:
+        return 0
+    async with _reading(bootstrap, partition, min(stopped.values()) - HEAL_MARGIN) as (read_until, end):
+        await read_until(end)
+
+        async def work(connection: Connection) -> int:
+            movements = await read_until(await store.lock_partition(connection, codec.MOVEMENTS_TOPIC, partition))
+            wanted = [movement for movement in movements if (movement.sku, movement.location) in stopped]
+            await store.delete_gaps(connection, stopped)
+            await write_movements(connection, partition, sorted(wanted, key=lambda movement: movement.version))
+            return len(stopped.keys() - (await store.gaps(connection, partition)).keys())
+
+        return await database.run(work)
+
+
+@asynccontextmanager
+async def _reading(
+    bootstrap: str, partition: int, since: datetime
+) -> AsyncIterator[tuple[Callable[[int], Awaitable[list[Movement]]], int]]:
+    """What reads a partition of movements, from a time on, up to an offset; and where the partition ends."""
+    place = TopicPartition(codec.MOVEMENTS_TOPIC, partition)
+    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
+    movements: list[Movement] = []
+
+    async def read_until(end: int) -> list[Movement]:
+        while await consumer.position(place) < end:
+            for message in (await consumer.getmany(place, timeout_ms=READ_MS)).get(place, []):
+                if watermark.of(message) is None:
+                    with contextlib.suppress(Poison):
+                        movements.append(codec.movement(message))
+        return movements
+
+    await consumer.start()
+    try:
+        consumer.assign([place])
+        found = (await consumer.offsets_for_times({place: max(0, int(since.timestamp() * 1000))}))[place]
+        end = (await consumer.end_offsets([place]))[place]
+        consumer.seek(place, found.offset if found else end)
+        yield read_until, end
+    finally:
+        await consumer.stop()
