@@ -11,19 +11,20 @@ outcome. What a server refuses is raised as `shared.refusal.Refusal`; anything e
 
 from collections import Counter
 from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
-from datetime import timedelta
+from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from holdfast.analytics.v1 import analytics_pb2_grpc
+from holdfast.analytics.v1 import analytics_pb2, analytics_pb2_grpc
 from holdfast.inventory.v1 import inventory_pb2, inventory_pb2_grpc
 from holdfast.reservation.v1 import reservation_pb2, reservation_pb2_grpc
 
 from shared.channel import open_channel
 from shared.errors import refusal_of
 from shared.server import POD_KEY
+from shared.wire import timestamp
 
 T = TypeVar("T")
 Line = tuple[str, str, int]  # sku, location ("" for any), units
@@ -61,6 +62,8 @@ class Holdfast:
         mode: reservation_pb2.ReserveMode.ValueType = reservation_pb2.RESERVE_MODE_ALL,
         ttl: timedelta | None = None,
         customer_id: str = "",
+        order_time: datetime | None = None,
+        country: str = "",
     ) -> reservation_pb2.ReserveResponse:
         """Hold stock. Being sold out is the outcome REJECTED, not an error."""
         asked = [
@@ -70,8 +73,9 @@ class Holdfast:
             for line in lines
         ]
         request = reservation_pb2.ReserveRequest(
-            reservation_id=reservation_id, customer_id=customer_id, lines=asked, mode=mode, ttl=_duration(ttl)
-        )
+            reservation_id=reservation_id, customer_id=customer_id, lines=asked, mode=mode, ttl=_duration(ttl),
+            order_time=timestamp(order_time) if order_time else None, country=country,
+        )  # fmt: skip
         return await self._call(self.reservation.Reserve(request))
 
     async def confirm(
@@ -147,6 +151,23 @@ class Holdfast:
                 yield inventory_pb2.ImportStockRequest(rows=chunk)
 
         return await self._call(self.inventory.ImportStock(messages()))
+
+    async def freshness(self) -> analytics_pb2.GetFreshnessResponse:
+        """How far analytics has followed the other services."""
+        return await self._call(self.analytics.GetFreshness(analytics_pb2.GetFreshnessRequest()))
+
+    async def report(self, name: str, request: Any, *, pages_max: int = 1_000) -> list[Any]:
+        """The rows of a report or of the stock view, such as `report("ReportSales", request)`, page after page."""
+        asked = type(request)()
+        asked.CopyFrom(request)
+        rows: list[Any] = []
+        for _ in range(pages_max):
+            answer = await self._call(getattr(self.analytics, name)(asked))
+            rows += answer.rows
+            asked.page_token = answer.next_page_token
+            if not asked.page_token:
+                break
+        return rows
 
     async def _call(self, call: Awaitable[T]) -> T:
         """Wait for a call, count its pod, and raise what was refused."""

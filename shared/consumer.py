@@ -40,6 +40,7 @@ BATCH_MESSAGES_MAX = 500
 BUSY_SECONDS_MAX = 5.0
 DLQ_WINDOW_SECONDS = 60
 IDLE_MS = 2_000
+HEARTBEAT_MS = 500  # a member that joins waits for the next heartbeat of the others
 
 
 class Busy(Exception):
@@ -119,6 +120,7 @@ class Consumer:
             group_id=self._group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
+            heartbeat_interval_ms=HEARTBEAT_MS,
         )
         consumer.subscribe(self._topics, listener=_Assigned(lambda partitions: self._seek(consumer, partitions)))
         sender = producer(self._bootstrap, self._group)

@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deploy.local import orders, report
+from deploy.local.analysis import analyse, caught_up
 from deploy.local.replay import Replay, look
 from deploy.local.stack import REPOSITORY, Stack, StackError
 from deploy.local.supervisor import Supervisor
@@ -58,6 +59,7 @@ def demo(arguments: argparse.Namespace, console: Console, *, stay: bool) -> int:
         )
         result = asyncio.run(_replay(arguments, book, stack, supervisor, console))
         report.show(console, result)
+        report.show_reports(console, result["reports"])
         file = arguments.root / "demo.json"
         file.write_text(json.dumps(result, indent=2) + "\n")
         console.print(f"\nAll figures are in {os.path.relpath(file)}.")
@@ -72,17 +74,19 @@ async def _replay(
     arguments: argparse.Namespace, book: orders.Book, stack: Stack, supervisor: Supervisor, console: Console
 ) -> dict[str, Any]:
     columns = (TextColumn("  orders"), BarColumn(40), MofNCompleteColumn(), TimeRemainingColumn())
-    async with Holdfast(supervisor.targets["inventory"], supervisor.targets["reservation"]) as holdfast:
+    async with Holdfast(*(supervisor.targets[name] for name in ("inventory", "reservation", "analytics"))) as holdfast:
         replay = Replay(holdfast, book, run_id=uuid.uuid4().hex[:8], opening_stock=arguments.opening_stock)
         await replay.load()
+        await caught_up(holdfast)
         with Progress(*columns, console=console) as progress:
             task = progress.add_task("orders", total=len(book.orders))
             await replay.run(concurrency=arguments.concurrency, done=lambda: progress.advance(task))
+        truth = await look(replay.tally, stack.postgres_dsn("inventory"), stack.postgres_dsn("reservation"))
+        insights = await analyse(holdfast, stack.postgres_dsn("inventory"), stack.postgres_dsn("analytics"))
         pods = {
             service: sorted(pod for pod in holdfast.pods if pod.startswith(service)) for service in supervisor.targets
         }
-    truth = await look(replay.tally, stack.postgres_dsn("inventory"), stack.postgres_dsn("reservation"))
-    return report.figures(book, replay.tally, truth, pods)
+    return report.figures(book, replay.tally, truth, pods) | insights
 
 
 def _book(arguments: argparse.Namespace) -> orders.Book:

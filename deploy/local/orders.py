@@ -1,7 +1,7 @@
 """Orders to replay: read from a file in the Online Retail format, or made up, seeded.
 
 What is read: invoices in the order in which they first appear, whether or not their rows stand
-together. Positive quantities of an invoice are one sale, summed for each stock code. An invoice that
+together. Positive quantities of an invoice are one sale, summed for each stock code and price. An invoice that
 begins with C gives its goods back. Any other negative quantity is a correction of the stock. A code
 that does not begin with five digits is no goods. Nothing disappears: whatever is not used is counted,
 and a row that cannot be read is kept with its line number.
@@ -16,6 +16,7 @@ import re
 from collections import Counter
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from decimal import Decimal, InvalidOperation
 from pathlib import Path
 
@@ -25,6 +26,8 @@ INVOICE = re.compile(r"[A-Za-z0-9._-]{1,24}")
 CODE = re.compile(r"[A-Z0-9._:/-]{1,64}")
 CUSTOMER = re.compile(r"[A-Za-z0-9._-]{1,32}")
 UNITS_MAX = 10**9
+COUNTRY_MAX = 64
+DATES = ("%Y-%m-%d %H:%M:%S", "%m/%d/%Y %H:%M")
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +40,16 @@ class Goods:
 
 @dataclass(slots=True)
 class Order:
-    """An invoice: what it takes, gives back and corrects, each by stock code."""
+    """An invoice: what it takes, by stock code and price (in micros); gives back and corrects, by stock code.
+
+    `time` is the invoice's own, read as UTC; None where it cannot be read.
+    """
 
     invoice: str
     customer_id: str = ""
-    takes: dict[str, int] = field(default_factory=dict)
+    country: str = ""
+    time: datetime | None = None
+    takes: dict[tuple[str, int], int] = field(default_factory=dict)
     returns: dict[str, int] = field(default_factory=dict)
     corrections: list[tuple[str, int]] = field(default_factory=list)
     lines: int = 0
@@ -69,6 +77,8 @@ class _Row:
     quantity: int
     price_micros: int
     customer_id: str
+    country: str
+    time: datetime | None
 
 
 class _UnreadableError(Exception):
@@ -99,7 +109,7 @@ def parse(lines: Iterable[str], limit: int | None = None) -> Book:
         if order is None:
             if limit is not None and len(by_invoice) >= limit:
                 continue
-            order = by_invoice[row.invoice] = Order(row.invoice, row.customer_id)
+            order = by_invoice[row.invoice] = Order(row.invoice, row.customer_id, row.country, row.time)
             book.orders.append(order)
         _enter(book, order, row, number, cells)
     return book
@@ -121,7 +131,7 @@ def _rows(reader: Iterator[list[str]]) -> Iterator[tuple[int, list[str]]]:
 def _row(cells: list[str]) -> _Row:
     if len(cells) != COLUMNS:
         raise _UnreadableError(f"not {COLUMNS} columns")
-    invoice, code, name, quantity, _, price, customer, _ = (cell.strip() for cell in cells)
+    invoice, code, name, quantity, date, price, customer, country = (cell.strip() for cell in cells)
     if not INVOICE.fullmatch(invoice):
         raise _UnreadableError("invoice number")
     if not code:
@@ -137,7 +147,17 @@ def _row(cells: list[str]) -> _Row:
     except (InvalidOperation, ValueError, OverflowError):
         raise _UnreadableError("unit price") from None
     customer = customer.removesuffix(".0")
-    return _Row(invoice.upper(), code.upper(), name, units, micros, customer if CUSTOMER.fullmatch(customer) else "")
+    customer = customer if CUSTOMER.fullmatch(customer) else ""
+    return _Row(invoice.upper(), code.upper(), name, units, micros, customer, country[:COUNTRY_MAX], _time(date))
+
+
+def _time(text: str) -> datetime | None:
+    for form in DATES:
+        try:
+            return datetime.strptime(text, form).replace(tzinfo=UTC)
+        except ValueError:
+            continue
+    return None
 
 
 def _enter(book: Book, order: Order, row: _Row, number: int, cells: list[str]) -> None:
@@ -156,7 +176,8 @@ def _enter(book: Book, order: Order, row: _Row, number: int, cells: list[str]) -
     if returning:
         order.returns[row.code] = order.returns.get(row.code, 0) - row.quantity
     elif row.quantity > 0:
-        order.takes[row.code] = order.takes.get(row.code, 0) + row.quantity
+        item = (row.code, max(row.price_micros, 0))
+        order.takes[item] = order.takes.get(item, 0) + row.quantity
     else:
         order.corrections.append((row.code, row.quantity))
 
@@ -170,6 +191,7 @@ def write_rejects(book: Book, path: Path) -> None:
 
 
 ADJECTIVES = ("Small", "Large", "Red", "Blue", "White", "Vintage", "Glass", "Wooden", "Striped", "Enamel")
+COUNTRIES = ("United Kingdom", "Germany", "France", "Norway")
 NOUNS = ("Lantern", "Mug", "Teapot", "Basket", "Candle", "Clock", "Cushion", "Frame", "Jug", "Tray")
 
 
@@ -188,8 +210,11 @@ def invent(orders: int = 3_000, skus: int = 400, seed: int = 1) -> Book:
     def pick() -> str:
         return codes[bisect.bisect(cumulative, dice.random() * cumulative[-1])]
 
+    start = datetime(2025, 1, 1, 8, tzinfo=UTC)
     for number in range(orders):
-        order = Order(f"{100_000 + number}", f"{12_000 + dice.randrange(900)}")
+        time = start + number * timedelta(days=180) / orders
+        country = dice.choices(COUNTRIES, weights=(20, 3, 2, 1))[0]
+        order = Order(f"{100_000 + number}", f"{12_000 + dice.randrange(900)}", country, time)
         kind = dice.random()
         if kind < 0.03 and number:
             order.invoice = f"C{order.invoice}"
@@ -198,7 +223,8 @@ def invent(orders: int = 3_000, skus: int = 400, seed: int = 1) -> Book:
             order.corrections.append((pick(), -dice.randint(1, 20)))
         else:
             for _ in range(min(int(dice.expovariate(1 / 3)) + 1, 20)):
-                order.takes[pick()] = min(int(dice.expovariate(1 / 2)) + 1, 24)
+                code = pick()
+                order.takes[code, book.catalogue[code].price_micros] = min(int(dice.expovariate(1 / 2)) + 1, 24)
         order.lines = len(order.takes) + len(order.returns) + len(order.corrections)
         book.orders.append(order)
     return book

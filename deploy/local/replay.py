@@ -16,6 +16,7 @@ from shared.client import Holdfast
 from shared.refusal import Refusal
 
 LOCATION = "MAIN"
+CURRENCY = "GBP"
 EVENTS_SECONDS_MAX = 60
 
 SOLD = "SELECT sku, sum(confirmed)::bigint AS sold, sum(held)::bigint AS held FROM allocation GROUP BY sku"
@@ -87,7 +88,7 @@ class Replay:
                 sku=inventory_pb2.Sku(
                     sku=code,
                     name=goods.name[:200],
-                    unit_price=inventory_pb2.Money(currency_code="GBP", micros=goods.price_micros),
+                    unit_price=inventory_pb2.Money(currency_code=CURRENCY, micros=goods.price_micros),
                 ),
                 location=LOCATION,
                 quantity=self._opening_stock,
@@ -127,14 +128,14 @@ class Replay:
                     sku=code,
                     location=LOCATION,
                     quantity=units,
-                    unit_price=reservation_pb2.Money(
-                        currency_code="GBP", micros=self._book.catalogue[code].price_micros
-                    ),
+                    unit_price=reservation_pb2.Money(currency_code=CURRENCY, micros=price_micros),
                 )
-                for code, units in order.takes.items()
+                for (code, price_micros), units in order.takes.items()
             ]
             began = time.perf_counter()
-            answer = await self._holdfast.reserve(name, lines, customer_id=order.customer_id)
+            answer = await self._holdfast.reserve(
+                name, lines, customer_id=order.customer_id, order_time=order.time, country=order.country
+            )
             self._called(began)
             if answer.outcome == reservation_pb2.RESERVE_OUTCOME_HELD:
                 tally.held += 1
@@ -145,13 +146,13 @@ class Replay:
             else:
                 tally.refused += 1
         for code, units in order.returns.items():
-            await self._adjust(f"{name}-r-{code}", code, inventory_pb2.ADJUSTMENT_REASON_RETURN, units)
+            await self._adjust(order, f"{name}-r-{code}", code, inventory_pb2.ADJUSTMENT_REASON_RETURN, units)
             tally.returned_units += units
             tally.received[code] += units
         for number, (code, units) in enumerate(order.corrections):
             try:
                 await self._adjust(
-                    f"{name}-c-{number}", code, inventory_pb2.ADJUSTMENT_REASON_COUNT, units, relative=True
+                    order, f"{name}-c-{number}", code, inventory_pb2.ADJUSTMENT_REASON_COUNT, units, relative=True
                 )
             except Refusal as refusal:
                 if refusal.reason != "BELOW_HELD":
@@ -163,6 +164,7 @@ class Replay:
 
     async def _adjust(
         self,
+        order: Order,
         request_id: str,
         code: str,
         reason: inventory_pb2.AdjustmentReason.ValueType,
@@ -171,7 +173,7 @@ class Replay:
         relative: bool = False,
     ) -> None:
         self.tally.calls += 1
-        await self._holdfast.adjust(request_id, code, LOCATION, reason, units, relative=relative)
+        await self._holdfast.adjust(request_id, code, LOCATION, reason, units, relative=relative, occur_time=order.time)
 
     def _called(self, began: float) -> None:
         self.tally.calls += 1

@@ -40,8 +40,9 @@ def figures(book: Book, tally: Tally, truth: Truth, pods: dict[str, list[str]]) 
 
 
 def sound(result: dict[str, Any]) -> bool:
-    """Nothing oversold, no drift, no error."""
-    return not (result["oversold_units"] or result["drift_units"] or result["errors"])
+    """Nothing oversold, no drift, no error, and analytics agrees."""
+    wrong = result["oversold_units"] or result["drift_units"] or result["errors"]
+    return not wrong and bool(result.get("mart_equals_ledger", True))
 
 
 def show(console: Console, result: dict[str, Any]) -> None:
@@ -74,11 +75,61 @@ def show(console: Console, result: dict[str, Any]) -> None:
     row("errors", sum(result["errors"].values()), ", ".join(result["errors"]), good=not result["errors"])
     waiting = result["events_waiting"]
     row("events waiting", waiting, "everything has reached Kafka" if not waiting else "", good=not waiting)
+    lag = result["events_lag_ms"]
+    behind = f"p50 {lag['p50']:.0f} ms, p95 {lag['p95']:.0f} ms, p99 {lag['p99']:.0f} ms from commit to visible"
+    row("analytics caught up", f"{result['catch_up_seconds']} s", behind)
+    equal = result["mart_equals_ledger"]
+    row("stock view", "equals the ledger" if equal else "differs", "every key, read from both databases", good=equal)
     row("ledger drift", result["drift_units"], "units, read from the databases", good=not result["drift_units"])
     oversold = result["oversold_units"]
     row("oversold", oversold, "units, read from the databases", good=not oversold)
     console.print()
     console.print(table)
+
+
+def show_reports(console: Console, reports: dict[str, list[dict[str, Any]]]) -> None:
+    """Print three of the reports of analytics."""
+
+    def table(title: str, names: tuple[str, ...], rows: list[tuple[object, ...]]) -> None:
+        made = Table(title=title, title_justify="left", box=None, padding=(0, 2, 0, 0), header_style="dim")
+        for number, name in enumerate(names):
+            made.add_column(name, justify="left" if number == 0 else "right")
+        for row in rows:
+            made.add_row(*(f"{value:,}" if isinstance(value, int) else str(value) for value in row))
+        console.print()
+        console.print(made)
+
+    def money(row: dict[str, Any]) -> str:
+        return f"{row.get('value_micros', 0) / 1_000_000:,.2f} {row['currency_code']}"
+
+    table(
+        "Sales by month of the invoice",
+        ("month", "orders", "units", "value"),
+        [(row["period"][:7], row["orders"], row["units"], money(row)) for row in reports["sales"]],
+    )
+    table(
+        "What sells most",
+        ("SKU", "name", "units", "value", "share", "class"),
+        [
+            (row["sku"], row.get("name", ""), row["units"], money(row), f"{row['share']:.1%}", row["abc_class"])
+            for row in reports["top_skus"]
+        ],
+    )
+    table(
+        "What became of reservations",
+        ("month", "asked", "refused", "confirmed", "of those held", "p95 to confirm"),
+        [
+            (
+                row["period"][:7], row["requested"], row.get("rejected", 0), row.get("confirmed", 0),
+                f"{row.get('conversion', 0):.1%}", _milliseconds(row.get("time_to_confirm_p95", "0s")),
+            )
+            for row in reports["funnel"]
+        ],
+    )  # fmt: skip
+
+
+def _milliseconds(duration: str) -> str:
+    return f"{float(duration.removesuffix('s')) * 1000:,.0f} ms"
 
 
 HOW = """

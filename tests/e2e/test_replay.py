@@ -121,7 +121,7 @@ async def test_the_judge_sees_what_is_oversold_and_what_drifts(holdfast: Holdfas
     replay = Replay(holdfast, orders.invent(30), run_id=new(), opening_stock=1000)
     await replay.load()
     await replay.run(concurrency=4, done=lambda: None)
-    code = next(iter(next(order for order in replay._book.orders if order.takes).takes))
+    code, _ = next(iter(next(order for order in replay._book.orders if order.takes).takes))
     replay.tally.received[code] = 0
     truth = await look(replay.tally, stack.postgres_dsn("inventory"), stack.postgres_dsn("reservation"))
     assert truth.oversold_units > 0
