@@ -1,7 +1,7 @@
 """How a pod's workers are kept going: alone where one is enough, again after a fault, until cancelled."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import redis.asyncio as redis
 import structlog
@@ -38,8 +38,18 @@ async def restarting(name: str, work: Work) -> None:
         try:
             await work()
         except Exception as error:  # noqa: BLE001 - whatever it was, the worker must come back
-            log.warning("worker starts again", worker=name, error=type(error).__name__, message=str(error))
+            for one in _leaves(error):
+                log.warning("worker starts again", worker=name, error=type(one).__name__, message=str(one))
         await asyncio.sleep(RESTART_SECONDS)
+
+
+def _leaves(error: BaseException) -> Iterator[BaseException]:
+    """An error, or those that a group of errors is of."""
+    if isinstance(error, BaseExceptionGroup):
+        for one in error.exceptions:
+            yield from _leaves(one)
+    else:
+        yield error
 
 
 async def alone(client: redis.Redis, name: str, work: Work, *, lock_ttl_seconds: float) -> None:

@@ -15,7 +15,7 @@ from aiokafka import TopicPartition
 from services.analytics import codec, domain, store
 from services.analytics.domain import KnownReservation, Movement, Reservation
 from services.analytics.store import Place
-from shared import watermark
+from shared import partitions, watermark
 from shared.consumer import Batch, Bury, Busy, Elsewhere, Message, Poison
 from shared.database import Connection, Database
 from shared.refusal import Refusal
@@ -32,11 +32,11 @@ class Projection:
         self._database = database
         self._made: set[tuple[str, datetime]] = set()
 
-    async def positions(self, partitions: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+    async def positions(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
         """The next offset of each partition."""
         found: dict[TopicPartition, int] = {}
         async with self._database.connection() as connection:
-            for topic, some in groupby(sorted(partitions), key=lambda partition: partition.topic):
+            for topic, some in groupby(sorted(places), key=lambda partition: partition.topic):
                 offsets = await store.positions(connection, topic, [one.partition for one in some])
                 found |= {TopicPartition(topic, partition): offset for partition, offset in offsets.items()}
         return found
@@ -70,8 +70,8 @@ class Projection:
 
     async def _movements(self, place: Place, movements: Sequence[Movement]) -> None:
         await self._make_partitions(
-            {("movement", store.month(m.recorded_at)) for m in movements}
-            | {("goods_return", store.month(m.occurred_at)) for m in movements if m.kind == "RETURN"}
+            {("movement", partitions.month(m.recorded_at)) for m in movements}
+            | {("goods_return", partitions.month(m.occurred_at)) for m in movements if m.kind == "RETURN"}
         )
 
         async def work(connection: Connection) -> None:
@@ -91,10 +91,10 @@ class Projection:
         await self._run(place, work)
 
     async def _reservations(self, place: Place, reservations: Sequence[Reservation]) -> None:
-        months = {store.month(one.order_time) for one in reservations}
+        months = {partitions.month(one.order_time) for one in reservations}
         await self._make_partitions(
             {(table, month) for table in ("reservation", "reservation_state", "sale") for month in months}
-            | {("refusal", store.month(one.created_at)) for one in reservations if one.short_lines}
+            | {("refusal", partitions.month(one.created_at)) for one in reservations if one.short_lines}
         )
 
         async def work(connection: Connection) -> None:
@@ -109,7 +109,7 @@ class Projection:
     async def _make_partitions(self, wanted: set[tuple[str, datetime]]) -> None:
         for table, month in sorted(wanted - self._made):
             async with self._database.connection() as connection:
-                await store.make_partition(connection, table, month)
+                await partitions.make(connection, table, month)
             self._made.add((table, month))
 
 

@@ -7,7 +7,7 @@ that is one at a time: the partition's row in `consumed` is locked first.
 import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from services.analytics.domain import Applied, Key, Known, KnownReservation, Movement, Reservation, Sale
@@ -232,24 +232,6 @@ class Place(NamedTuple):
 def columns(rows: Iterable[Sequence[Any]], count: int) -> list[list[Any]]:
     """Rows to columns; `count` empty ones when there are no rows."""
     return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(count)]
-
-
-def month(time: datetime) -> datetime:
-    """The first instant of a time's month, in UTC."""
-    time = time.astimezone(UTC)
-    return datetime(time.year, time.month, 1, tzinfo=UTC)
-
-
-def next_month(start: datetime) -> datetime:
-    return datetime(start.year + start.month // 12, start.month % 12 + 1, 1, tzinfo=UTC)
-
-
-async def make_partition(connection: Connection, table: str, start: datetime) -> None:
-    """Make a table's partition of a month, if it is not there."""
-    await connection.execute(
-        f"CREATE TABLE IF NOT EXISTS {table}_{start:%Y_%m} PARTITION OF {table}"
-        f" FOR VALUES FROM ('{start.isoformat()}') TO ('{next_month(start).isoformat()}')"
-    )
 
 
 async def positions(connection: Connection, topic: str, partitions: Sequence[int]) -> dict[int, int]:

@@ -7,7 +7,7 @@ ascending (sku, location); `shared.database` keeps the planner on that order.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from itertools import groupby
 from operator import itemgetter
 from typing import Any
@@ -26,6 +26,7 @@ from services.inventory.domain import (
     ShortLine,
     Stock,
 )
+from shared import partitions
 from shared.database import Connection, Record, fetch
 
 COUNTERS = "on_hand, stock.held, safety_stock, backorder_limit, short, stock.version, stock.active"
@@ -340,10 +341,6 @@ WITH page AS (
 )
 SELECT looked.*, wrong.* FROM looked LEFT JOIN (SELECT * FROM judged WHERE drifted) AS wrong ON true
 """
-MAKE_PARTITION = """
-CREATE TABLE IF NOT EXISTS {name} PARTITION OF movement FOR VALUES FROM ('{start}') TO ('{end}')
-"""
-
 LOCK_SKU = "UPDATE sku SET version = version WHERE sku = $1 RETURNING *"
 LOCK_LOCATION = "UPDATE location SET version = version WHERE location = $1 RETURNING *"
 INSERT_SKUS = """
@@ -784,15 +781,7 @@ async def balance(connection: Connection, after: Key, keys_max: int) -> tuple[in
 async def make_partitions(connection: Connection, today: datetime, months_ahead: int) -> None:
     """Make the ledger's partitions of this month and of those to come."""
     for ahead in range(months_ahead + 1):
-        start, end = _month(today, ahead), _month(today, ahead + 1)
-        await connection.execute(
-            MAKE_PARTITION.format(name=f"movement_{start:%Y_%m}", start=start.isoformat(), end=end.isoformat())
-        )
-
-
-def _month(today: datetime, ahead: int) -> datetime:
-    years, month = divmod(today.month - 1 + ahead, 12)
-    return datetime(today.year + years, month + 1, 1, tzinfo=UTC)
+        await partitions.make(connection, "movement", partitions.following(partitions.month(today), ahead))
 
 
 async def get_sku(connection: Connection, sku: str) -> Record | None:
