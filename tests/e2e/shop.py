@@ -1,7 +1,10 @@
 """Short ways to set a scene through the API."""
 
+import asyncio
+from datetime import UTC, datetime
 from uuid import uuid4
 
+from holdfast.analytics.v1 import analytics_pb2 as ap
 from holdfast.inventory.v1 import inventory_pb2 as ip
 
 from shared.client import Holdfast
@@ -40,4 +43,20 @@ async def stock(holdfast: Holdfast, sku: str, at: str = "MAIN", min_version: int
     request = ip.GetAvailabilityRequest(keys=[key])
     answer = await holdfast._call(holdfast.inventory.GetAvailability(request))
     found: ip.Stock = answer.stocks[0]
+    return found
+
+
+async def caught_up(holdfast: Holdfast) -> None:
+    """Wait until analytics has everything that was recorded by now."""
+    now = datetime.now(UTC)
+    async with asyncio.timeout(60):
+        while (await holdfast.freshness()).freshness.as_of.ToDatetime(tzinfo=UTC) <= now:
+            await asyncio.sleep(0.05)
+
+
+async def view(holdfast: Holdfast, sku: str, version: int = 0) -> ap.StockRow:
+    """A SKU's row of the stock view at MAIN, at `version` or later."""
+    seen = [ap.SeenVersion(sku=sku, location="MAIN", version=version)] if version else []
+    (row,) = await holdfast.report("ListStockView", ap.ListStockViewRequest(sku_prefix=sku, min_versions=seen))
+    found: ap.StockRow = row
     return found

@@ -14,7 +14,7 @@ from holdfast.reservation.v1 import reservation_pb2 as rp
 
 from shared.client import Holdfast
 from shared.refusal import Refusal
-from tests.e2e.shop import goods, new, stock
+from tests.e2e.shop import caught_up, goods, new, stock, view
 
 LINE = rp.ReservationLine
 YEAR = datetime(2020, 1, 1, tzinfo=UTC)
@@ -42,24 +42,6 @@ async def reserve(holdfast: Holdfast, lines: list[rp.ReservationLine], **more: A
     if answer.outcome == rp.RESERVE_OUTCOME_HELD:
         await holdfast.confirm(name, f"{name}-paid")
     return name
-
-
-async def caught_up(holdfast: Holdfast) -> None:
-    """Wait until everything recorded by now is visible."""
-    now = datetime.now(UTC)
-    async with asyncio.timeout(30):
-        while True:
-            answer = await holdfast._call(holdfast.analytics.GetFreshness(ap.GetFreshnessRequest()))
-            if answer.freshness.as_of.ToDatetime(tzinfo=UTC) > now:
-                return
-            await asyncio.sleep(0.05)
-
-
-async def view(holdfast: Holdfast, sku: str, version: int = 0) -> ap.StockRow:
-    seen = [ap.SeenVersion(sku=sku, location="MAIN", version=version)] if version else []
-    request = ap.ListStockViewRequest(sku_prefix=sku, min_versions=seen)
-    answer = await holdfast._call(holdfast.analytics.ListStockView(request))
-    return answer.rows[0]
 
 
 async def test_the_stock_view_follows_with_read_your_writes(holdfast: Holdfast) -> None:
