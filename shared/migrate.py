@@ -32,13 +32,14 @@ def upgrade(connection: sqlalchemy.Connection, service: str, phase: str) -> None
     command.upgrade(config, "head")
 
 
-async def migrate(dsn: str, service: str, phases: Sequence[str] = PHASES) -> None:
-    """Migrate the database at `dsn`, phase by phase."""
+async def migrate(dsn: str, service: str, phases: Sequence[str] = PHASES, schema: str = "public") -> None:
+    """Migrate a schema of the database at `dsn`, phase by phase."""
     engine = create_async_engine(dsn.replace("postgresql://", "postgresql+asyncpg://", 1))
     try:
         for phase in phases:
             async with engine.begin() as connection:
                 await connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({LOCK})"))
+                await connection.execute(sqlalchemy.text(f"SET LOCAL search_path TO {schema}"))
                 await connection.run_sync(upgrade, service, phase)
     finally:
         await engine.dispose()

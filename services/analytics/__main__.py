@@ -1,14 +1,19 @@
-"""`python -m services.analytics [--role api|worker|all]`: builds the parts and runs them."""
+"""`python -m services.analytics [--role api|worker|all]`: builds the parts and runs them.
+
+`python -m services.analytics rebuild` makes the database anew from the topics (`rebuild`).
+"""
 
 import argparse
 import asyncio
 import contextlib
+import sys
 from typing import Any
 
 import redis.asyncio as redis
 import uvloop
 from holdfast.analytics.v1 import analytics_pb2, analytics_pb2_grpc
 
+from services.analytics.rebuild import rebuild
 from services.analytics.servicer import ERRORS, Servicer
 from services.analytics.settings import Settings
 from services.analytics.workers import Workers
@@ -61,11 +66,16 @@ async def run(settings: Settings, role: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m services.analytics", description="Run an analytics pod.")
-    parser.add_argument("--role", choices=("api", "worker", "all"), default="all")
-    role = parser.parse_args().role
+    parser.add_argument("command", nargs="?", choices=("serve", "rebuild"), default="serve")
+    parser.add_argument("--role", choices=("api", "worker", "all"), default="all", help="of a pod that serves")
+    arguments = parser.parse_args()
     settings = load(Settings)
     logs.configure(level=settings.log_level, style=settings.log_format, pod=settings.pod)
-    uvloop.run(run(settings, role))
+    if arguments.command == "rebuild":
+        events = uvloop.run(rebuild(settings))
+        sys.stdout.write(f"rebuilt from {events:,} events\n")
+        return
+    uvloop.run(run(settings, arguments.role))
 
 
 if __name__ == "__main__":
