@@ -100,3 +100,26 @@ async def reservation_db(reservation_dsn: str) -> AsyncIterator[Database]:
         )
     yield database
     await database.close()
+
+
+@pytest.fixture(scope="session")
+async def analytics_dsn(stack: Stack) -> str:
+    """A migrated analytics database."""
+    dsn = stack.postgres_dsn("analytics_test")
+    stack.databases("analytics_test")
+    await migrate(dsn, "analytics")
+    return dsn
+
+
+@pytest.fixture
+async def analytics_db(analytics_dsn: str) -> AsyncIterator[Database]:
+    """The analytics database, emptied, as those who follow use it."""
+    database = await Database.connect(analytics_dsn, name="test", connections_max=20)
+    async with database.connection() as connection:
+        await connection.execute(
+            "TRUNCATE consumed, gap, lag, sku, stock_view, activity, movement, snapshot, snapshot_taken, stock_out,"
+            " goods_return, reservation, reservation_state, sale, refusal"
+        )
+        await connection.execute("UPDATE aging SET aged_to = date_trunc('hour', now())")
+    yield database
+    await database.close()

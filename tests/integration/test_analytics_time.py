@@ -1,0 +1,83 @@
+"""What analytics does as time goes by: sums that age, snapshots at the turn of a month, months that are dropped."""
+
+import random
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from services.analytics import history, projection, store
+from services.analytics.domain import Movement
+from shared import partitions
+from shared.database import Database
+from shared.refusal import Refusal
+from tests.integration.ledger import movements
+
+SKUS = [f"S{n}" for n in range(6)]
+WINDOWS = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
+
+
+async def write(database: Database, ledger: Sequence[Movement]) -> None:
+    for start in {partitions.month(movement.recorded_at) for movement in ledger}:
+        async with database.connection() as connection:
+            await partitions.make(connection, "movement", start)
+            await partitions.make(connection, "goods_return", start)
+    await database.run(lambda connection: projection.write_movements(connection, 0, ledger))
+
+
+@pytest.mark.parametrize("seed", range(5))
+async def test_sums_are_those_of_their_windows_whenever_they_are_aged(analytics_db: Database, seed: int) -> None:
+    """Written in parts, aged in between: sold and returned of each window are what counting them all gives."""
+    dice = random.Random(seed)
+    now = datetime.now(UTC)
+    hour = now.replace(minute=0, second=0, microsecond=0)
+    ledger = movements(dice, SKUS, [now - dice.random() * timedelta(days=33) for _ in range(600)])
+    async with analytics_db.connection() as connection:
+        await connection.execute("UPDATE aging SET aged_to = $1", hour - timedelta(hours=dice.randint(1, 900)))
+    cuts = sorted(dice.sample(range(len(ledger)), 4))
+    for start, end in zip([0, *cuts], [*cuts, len(ledger)], strict=True):
+        await write(analytics_db, ledger[start:end])
+        if dice.random() < 0.5:
+            await analytics_db.run(store.age)
+    await analytics_db.run(store.age)
+    async with analytics_db.connection() as connection:
+        rows = {row["sku"]: row for row in await connection.fetch("SELECT * FROM stock_view")}
+    for sku, row in rows.items():
+        for window, length in WINDOWS.items():
+            inside = [
+                m for m in ledger
+                if m.sku == sku and m.recorded_at.replace(minute=0, second=0, microsecond=0) >= hour - length
+            ]  # fmt: skip
+            assert row[f"sold_{window}"] == -sum(m.on_hand_delta for m in inside if m.kind == "COMMIT")
+            assert row[f"returned_{window}"] == sum(m.on_hand_delta for m in inside if m.kind == "RETURN")
+
+
+async def test_stock_at_an_instant_survives_snapshots_and_dropped_months(analytics_db: Database) -> None:
+    """The same answer from the whole ledger, with snapshots, and with old months gone; before them, a clear no."""
+    dice = random.Random(3)
+    begin, end = datetime(2026, 1, 10, tzinfo=UTC), datetime(2026, 8, 20, tzinfo=UTC)
+    ledger = movements(dice, SKUS, [begin + dice.random() * (end - begin) for _ in range(400)])
+    dormant = movements(dice, ["DORMANT"], [begin])
+    await write(analytics_db, [*dormant, *ledger])
+    instants = [begin + dice.random() * (end - begin) for _ in range(50)]
+
+    async def asked(times: Sequence[datetime]) -> list[list[tuple[object, ...]]]:
+        async with analytics_db.connection() as connection:
+            found = [await history.stock_at(connection, [*SKUS, "DORMANT"], time) for time in times]
+        return [[tuple(row) for row in rows] for rows in found]
+
+    whole = await asked(instants)
+    assert all(("DORMANT", "MAIN", dormant[0].on_hand, 0, dormant[0].on_hand, 1) in rows for rows in whole)
+    taken = await analytics_db.run(lambda connection: store.take_snapshots(connection, end))
+    assert taken == [datetime(2026, month, 1, tzinfo=UTC) for month in range(2, 9)]
+    assert not await analytics_db.run(lambda connection: store.take_snapshots(connection, end))
+    assert await asked(instants) == whole
+
+    oldest = datetime(2026, 5, 15, tzinfo=UTC)
+    dropped = await analytics_db.run(lambda connection: store.drop_old(connection, oldest))
+    assert dropped == [f"movement_2026_0{month}" for month in range(1, 5)]
+    kept = [n for n, time in enumerate(instants) if time >= datetime(2026, 5, 1, tzinfo=UTC)]
+    assert await asked([instants[n] for n in kept]) == [whole[n] for n in kept]
+    with pytest.raises(Refusal) as refused:
+        await asked([datetime(2026, 4, 30, tzinfo=UTC)])
+    assert refused.value.reason == "HISTORY_NOT_KEPT"
