@@ -17,11 +17,13 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import load, stage
+from bench import analytics, load, stage
 from bench.load import Processes, Run, ghz, measure
 from bench.report import Results
 from bench.stage import Holdfasts, Servers
 from deploy.local.stack import REPOSITORY, Stack, StackError
+from services.analytics import codec
+from shared.migrate import migrate
 
 SKUS = 100_000
 P95_MS_MAX = 200.0
@@ -45,10 +47,12 @@ class Scale:
     stage_seconds: float
     many_skus: int
     long_ledger: int
+    short_past: int
+    follow_seconds: float
 
 
-FULL = Scale(5, 5, 5, 6, 60, 1_000_000, 5_000_000)
-QUICK = Scale(1, 2, 1, 3, 5, 200_000, 200_000)
+FULL = Scale(5, 5, 5, 6, 60, 1_000_000, 5_000_000, 50_000, 20)
+QUICK = Scale(1, 2, 1, 3, 5, 200_000, 200_000, 10_000, 4)
 FEW_SKUS, SHORT_LEDGER = 1_000, 10_000
 
 
@@ -193,18 +197,58 @@ class Bench:
             and run.calls >= rate * seconds * RATE_SHARE_MIN
         )
 
+    def events_tax(self, pods: Holdfasts) -> None:
+        """With relays, workers and analytics, over without."""
+        with stage.holdfast(self._stack, "quiet", skus=SKUS, role="api") as quiet:
+            for _ in range(self._scale.pairs):
+                without = self._reserve("Reserve, relays and consumers off", quiet)
+                followed = self._reserve("Reserve, relays and consumers on", pods)
+                self._ratio("events_tax", followed.rate / without.rate)
+
+    def following(self, capacity: float) -> None:
+        """What one consumer applies a second, of the events that all runs so far have made."""
+        for name, topics, key in (
+            ("movements", [codec.MOVEMENTS_TOPIC], "projection_per_s"),
+            ("everything", codec.TOPICS, "rebuild_per_s"),
+        ):
+            self._progress.update(self._task, description=f"analytics, {name}")
+            _settle()
+            dsn = self._analytics_database(f"follow_{name}")
+            asyncio.run(stage.load_mart(dsn, SKUS))
+            rate = asyncio.run(
+                analytics.events_per_second(dsn, self._stack.kafka_bootstrap, topics, self._scale.follow_seconds)
+            )
+            self.results.notes[key] = round(rate)
+        self._ratio("projection_vs_reserve", self.results.notes["projection_per_s"] / capacity)
+
+    def history(self) -> None:
+        """Reports, and the past, on a long history."""
+        dsns = {}
+        for name, movements in (("past_short", self._scale.short_past), ("past_long", self._scale.long_ledger)):
+            self._progress.update(self._task, description=f"loading {movements:,} movements into analytics")
+            dsns[name] = self._analytics_database(name)
+            asyncio.run(analytics.load(dsns[name], movements))
+        self._progress.update(self._task, description="reports")
+        self.results.notes["report_ms"] = asyncio.run(analytics.report_ms(dsns["past_long"]))
+        for _ in range(self._scale.pairs):
+            short, long = (asyncio.run(analytics.stock_at_seconds(dsn)) for dsn in dsns.values())
+            self._ratio("stock_at_growth", long / short)
+
+    def _analytics_database(self, name: str) -> str:
+        self._stack.databases(name)
+        dsn = self._stack.postgres_dsn(name)
+        asyncio.run(migrate(dsn, "analytics"))
+        return dsn
+
     def pairs(self) -> None:
         """The keys that compare Holdfast with itself under another circumstance, on databases as young."""
         with (
-            stage.holdfast(self._stack, "quiet", skus=SKUS, role="api") as quiet,
             stage.holdfast(self._stack, "solo", skus=SKUS, reservation_pods=1) as solo,
             stage.holdfast(self._stack, "both", skus=SKUS) as both,
         ):
             for _ in range(self._scale.pairs):
-                without = self._reserve("Reserve, relay and consumers off", quiet)
                 one = self._reserve("Reserve, one reservation pod", solo)
-                two = self._reserve("Reserve, two pods, all on", both)
-                self._ratio("events_tax", two.rate / without.rate)
+                two = self._reserve("Reserve, two reservation pods", both)
                 self._ratio("two_pods_vs_one", _cost(two) / _cost(one))
         many = "reserve-1m" if self._scale.many_skus >= 1_000_000 else "reserve"
         with (
@@ -227,7 +271,8 @@ class Bench:
     def everything(self) -> None:
         began = time.monotonic()
         with contextlib.ExitStack() as open_:
-            pods = open_.enter_context(stage.holdfast(self._stack, "bench", skus=SKUS))
+            pods = open_.enter_context(stage.holdfast(self._stack, "bench", skus=SKUS, analytics=True))
+            self.events_tax(pods)
             with stage.echo() as echo:
                 with stage.usual(self._stack, skus=SKUS) as usual:
                     capacity, ceiling = self.against_echo_and_the_usual_way(pods, echo, usual)
@@ -235,6 +280,8 @@ class Bench:
             self.stage(pods, ceiling)
             self.overload(pods, capacity)
             made = asyncio.run(stage.outcomes(pods, time.monotonic() - began))
+        self.following(capacity)
+        self.history()
         self.pairs()
         self.results.notes |= {
             "reservations": made,

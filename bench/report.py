@@ -40,6 +40,8 @@ TARGETS = {
     "stage_vs_echo": Target("the stage scenario's highest sustained rate over echo", 0.8),
     "overload_goodput": Target("answered in time at 3 x capacity over peak", 0.9),
     "overload_p95_ms": Target("p95 of what was answered at 3 x capacity, ms", 200, most=True),
+    "projection_vs_reserve": Target("movements/s that one consumer of analytics applies over Reserve/s", 10),
+    "stock_at_growth": Target("stock at a past instant, a long history over a short one", 1.5, most=True),
     "events_tax": Target("Reserve/s with relay and consumers over without", 0.9),
     "skus_1m_vs_1k": Target("CPU a Reserve at many SKUs over few", 1.15, most=True),
     "ledger_growth": Target("CPU a Reserve with a long ledger over a short one", 1.10, most=True),

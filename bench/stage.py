@@ -44,6 +44,12 @@ INSERT INTO checkpoint (sku, location, version, on_hand, held, short)
 SELECT sku, location, version, on_hand, held, short FROM stock
 """
 # Not the tables that are still empty: planned for no row, their statements would be slow until the next ANALYZE.
+# The mart as it follows from that history, as if all of it had been followed.
+LOAD_MART = """
+INSERT INTO stock_view
+SELECT 'S' || n, 'MAIN', '', '', $2::bigint * $3, 0, 0, 0, 0, $2::bigint * $3, 0, 0, 0, 0, 0, 0, now(), now(), $2
+FROM generate_series(0, $1::int - 1) AS n
+"""
 LOADED = "VACUUM ANALYZE location, sku, movement, stock, checkpoint"
 
 
@@ -81,21 +87,46 @@ async def _load(dsn: str, skus: int, movements: int) -> None:
         await connection.close()
 
 
+async def load_mart(dsn: str, skus: int) -> None:
+    """The stock view of a migrated analytics database, as it is before the first event of a run."""
+    connection = await asyncpg.connect(dsn)
+    try:
+        if not await connection.fetchval("SELECT EXISTS (SELECT FROM stock_view)"):
+            await connection.execute(LOAD_MART, skus, 1, RECEIPT)
+    finally:
+        await connection.close()
+
+
 @contextlib.contextmanager
 def holdfast(
-    stack: Stack, name: str, *, skus: int, movements: int = 0, reservation_pods: int = PODS, role: str = "all"
+    stack: Stack,
+    name: str,
+    *,
+    skus: int,
+    movements: int = 0,
+    reservation_pods: int = PODS,
+    role: str = "all",
+    analytics: bool = False,
 ) -> Iterator[Holdfasts]:
-    """Two pods of each service on databases of their own, with stock of `skus` and a history of `movements`."""
+    """Two pods of each service on databases of their own, with stock of `skus` and a history of `movements`.
+
+    All share the topics, so that only the first that runs, and nothing beside it but in role "api", can have
+    `analytics`.
+    """
     services = [
         service._replace(
             database=f"{name}_{service.name}", pods=reservation_pods if service.name == "reservation" else PODS
         )
         for service in SERVICES
+        if analytics or service.name != "analytics"
     ]
     dsns = {service.name: stack.postgres_dsn(service.database) for service in services}
     stack.databases(*(service.database for service in services))
     asyncio.run(migrate(dsns["inventory"], "inventory"))
     asyncio.run(_load(dsns["inventory"], skus, movements))
+    if analytics:
+        asyncio.run(migrate(dsns["analytics"], "analytics"))
+        asyncio.run(load_mart(dsns["analytics"], skus))
     with Supervisor(stack, services=services, role=role).start() as supervisor:
         pods = {service.name: [pod for pod in supervisor.pods if pod.service is service] for service in services}
         yield Holdfasts(
@@ -106,6 +137,7 @@ def holdfast(
             {
                 "reservation": [pod.pid for pod in pods["reservation"] if pod.pid],
                 "inventory": [pod.pid for pod in pods["inventory"] if pod.pid],
+                "analytics": [pod.pid for pod in pods.get("analytics", []) if pod.pid],
                 "database": [stack.pids["PostgreSQL"]],
                 "kafka": [stack.pids["Kafka"]],
                 "redis": [stack.pids["Redis"]],

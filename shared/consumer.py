@@ -87,7 +87,7 @@ class Consumer:
 
     Offsets are Kafka's, committed after the handler. A handler that keeps them with what it writes gives
     `positions`, which tells from where partitions are to be read; then Kafka's are left alone, and Elsewhere
-    makes the consumer ask again.
+    makes the consumer ask again. After a small batch it waits for `linger_seconds`, so that the next one is larger.
     """
 
     def __init__(
@@ -100,6 +100,7 @@ class Consumer:
         *,
         dlq_messages_max: int = 100,
         batch_messages_max: int = BATCH_MESSAGES_MAX,
+        linger_seconds: float = 0,
         positions: Positions | None = None,
     ) -> None:
         self._bootstrap = bootstrap
@@ -109,6 +110,7 @@ class Consumer:
         self._handle = handle
         self._dlq_messages_max = dlq_messages_max
         self._batch_messages_max = batch_messages_max
+        self._linger_seconds = linger_seconds
         self._positions = positions
         self._dlq_times: deque[float] = deque()
         self._at: dict[TopicPartition, int] = {}
@@ -135,6 +137,8 @@ class Consumer:
                             start = self._at.get(partition, messages[0].offset)
                             batch = Batch(partition, start, messages)
                             group.create_task(self._work(consumer, sender, batch))
+                    if sum(map(len, batches.values())) < self._batch_messages_max / 2:
+                        await asyncio.sleep(self._linger_seconds)
         finally:
             await consumer.stop()
             await sender.stop()

@@ -8,7 +8,10 @@ from shared import settings
 class Settings(settings.Settings):
     """Units stand last in the names."""
 
-    batch_messages_max: int = Field(default=5_000, ge=1, description="Events applied in one transaction.")
+    batch_messages_max: int = Field(default=20_000, ge=1, description="Events taken at once, over all partitions.")
+    follow_linger_seconds: float = Field(
+        default=0.15, ge=0, description="Between small batches of events: fewer and larger ones cost less."
+    )
     dlq_messages_max: int = Field(default=100, ge=1, description="Poison events a minute; more stop the consumer.")
     reports_max: int = Field(default=4, ge=1, description="Reports at once on a pod.")
     reports_waiting_max: int = Field(default=64, ge=0, description="Reports that wait; more are refused.")

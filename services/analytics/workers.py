@@ -63,6 +63,7 @@ class Workers:
             projection.apply,
             dlq_messages_max=self._settings.dlq_messages_max,
             batch_messages_max=self._settings.batch_messages_max,
+            linger_seconds=self._settings.follow_linger_seconds,
             positions=projection.positions,
         ).run()
 

@@ -96,6 +96,7 @@ STATEMENTS = (
     # The hour up to which the sums have been aged: whoever adds to them shares this row, whoever ages locks it.
     "CREATE TABLE aging (aged_to timestamptz NOT NULL)",
     "INSERT INTO aging VALUES (date_trunc('hour', now()))",
+    # Its key carries what a past instant is asked for, so that the answer is in the index.
     """
     CREATE TABLE movement (
         sku text COLLATE "C" NOT NULL,
@@ -113,7 +114,7 @@ STATEMENTS = (
         hold_id text COLLATE "C" NOT NULL,
         request_id text COLLATE "C" NOT NULL,
         reference text NOT NULL,
-        PRIMARY KEY (sku, location, recorded_at, version)
+        PRIMARY KEY (sku, location, recorded_at, version) INCLUDE (on_hand, held, available)
     ) PARTITION BY RANGE (recorded_at)
     """,
     "CREATE INDEX movement_by_hold ON movement (hold_id) WHERE hold_id <> ''",
