@@ -148,6 +148,9 @@ HOW = """
   grpcurl -plaintext -d '{{"keys": [{{"sku": "{sku}", "location": "MAIN"}}]}}' {inventory_pod} \\
     holdfast.inventory.v1.InventoryService/GetAvailability
 
+  grpcurl -plaintext -d '{{"range": {{"start_time": "2000-01-01T00:00:00Z"}}, "period": "PERIOD_MONTH"}}' \\
+    {analytics_pod} holdfast.analytics.v1.AnalyticsService/ReportSales
+
   [dim]# ghz[/]
   ghz --insecure --call holdfast.reservation.v1.ReservationService/Reserve -c 64 -z 10s \\
     -d '{{"reservation_id": "{{{{newUUID}}}}", "lines": [{{"sku": "{sku}", "quantity": 1}}]}}' {reservation_pod}
