@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Mapping, Sequence
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import NamedTuple
 
 from services.analytics.codec import CHANGES_TOPIC, MOVEMENTS_TOPIC
@@ -10,6 +10,7 @@ from services.analytics.domain import Key, Reason
 from services.analytics.store import LAG_BASE, columns
 from shared.database import Connection, Database, Record
 from shared.refusal import Refusal
+from shared.wire import EPOCH
 
 LOOK_SECONDS = 0.02
 FOLLOWED = (MOVEMENTS_TOPIC, CHANGES_TOPIC)
@@ -31,7 +32,8 @@ WITH counted AS (
 SELECT coalesce(min(bucket) FILTER (WHERE passed >= 0.50 * whole), 0) AS p50,
        coalesce(min(bucket) FILTER (WHERE passed >= 0.95 * whole), 0) AS p95,
        coalesce(min(bucket) FILTER (WHERE passed >= 0.99 * whole), 0) AS p99,
-       (SELECT coalesce(sum(next_offset), 0)::bigint FROM consumed) AS events
+       (SELECT coalesce(sum(next_offset), 0)::bigint FROM consumed) AS events,
+       (SELECT drift_units FROM reconciled) AS drift_units, (SELECT reconciled_at FROM reconciled) AS reconciled_at
 FROM running
 """
 REACHED = """
@@ -88,26 +90,32 @@ class Freshness(NamedTuple):
 
 
 class Lag(NamedTuple):
-    """How long events take from being recorded to being visible (ms), and how many there were."""
+    """How long events take from being recorded to being visible (ms), how many there were, and what they came to."""
 
     p50: float
     p95: float
     p99: float
     events: int
+    drift_units: int
+    reconciled_at: datetime
 
 
 async def freshness(connection: Connection) -> Freshness:
     row = await connection.fetchrow(FRESHNESS, *FOLLOWED)
     assert row is not None
-    as_of = row["as_of"] if row["as_of"].year > 1 else datetime(1970, 1, 1)  # noqa: DTZ001 - its zone follows
-    return Freshness(as_of.replace(tzinfo=UTC), row["now"], row["keys_stopped"])
+    return Freshness(_moment(row["as_of"]), row["now"], row["keys_stopped"])
+
+
+def _moment(time: datetime) -> datetime:
+    """A time of the database; its -infinity as the beginning of 1970."""
+    return time if time.tzinfo else EPOCH
 
 
 async def lag(connection: Connection) -> Lag:
     row = await connection.fetchrow(LAG)
     assert row is not None
     p50, p95, p99 = (round(LAG_BASE ** row[share], 1) for share in ("p50", "p95", "p99"))
-    return Lag(p50, p95, p99, row["events"])
+    return Lag(p50, p95, p99, row["events"], row["drift_units"], _moment(row["reconciled_at"]))
 
 
 async def await_time(database: Database, time: datetime, seconds: float) -> None:

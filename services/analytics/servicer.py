@@ -94,8 +94,9 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
         async with self._database.connection() as connection:
             fresh, lag = await history.freshness(connection), await history.lag(connection)
         return pb.GetFreshnessResponse(
-            freshness=_freshness(fresh), lag_ms_p50=lag.p50, lag_ms_p95=lag.p95, lag_ms_p99=lag.p99, events=lag.events
-        )
+            freshness=_freshness(fresh), lag_ms_p50=lag.p50, lag_ms_p95=lag.p95, lag_ms_p99=lag.p99, events=lag.events,
+            drift_units=lag.drift_units, reconcile_time=timestamp(lag.reconciled_at),
+        )  # fmt: skip
 
     # -- reports ----------------------------------------------------------------------------------
 

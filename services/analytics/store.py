@@ -217,6 +217,23 @@ SELECT relname, taken_at AS ends FROM pg_inherits JOIN pg_class ON pg_class.oid 
 WHERE inhparent = 'movement'::regclass AND taken_at <= $1 ORDER BY taken_at
 """
 FORGET_SNAPSHOTS = "DELETE FROM snapshot WHERE taken_at < $1"
+# The next keys of the mart beside their last movements, where these are kept: by how many units they differ, and
+# a unit for a version that is another.
+MART_DRIFT = """
+WITH page AS (
+  SELECT * FROM stock_view WHERE (sku, location) > ($1, $2) ORDER BY sku, location LIMIT $3
+)
+SELECT page.sku, page.location,
+       coalesce(abs(page.on_hand - last.on_hand) + abs(page.held - last.held)
+                + (page.version <> last.version)::int, 0)::bigint AS units
+FROM page LEFT JOIN LATERAL (
+  SELECT on_hand, held, version FROM movement
+  WHERE movement.sku = page.sku AND movement.location = page.location AND recorded_at >= page.last_movement_at
+  ORDER BY recorded_at DESC, movement.version DESC LIMIT 1
+) AS last ON true
+ORDER BY page.sku, page.location
+"""
+RECONCILED = "UPDATE reconciled SET reconciled_at = now(), keys = $1, drift_units = $2"
 
 
 class Place(NamedTuple):
@@ -459,3 +476,9 @@ async def drop_old(connection: Connection, oldest: datetime) -> list[str]:
         await connection.execute(f"DROP TABLE {row['relname']}")
         await connection.execute(FORGET_SNAPSHOTS, row["ends"])
     return [row["relname"] for row in rows]
+
+
+async def mart_drift(connection: Connection, after: Key, keys_max: int) -> list[tuple[Key, int]]:
+    """The next keys of the mart, each with the units by which it differs from the ledger's copy."""
+    rows = await connection.fetch(MART_DRIFT, *after, keys_max)
+    return [((row["sku"], row["location"]), row["units"]) for row in rows]

@@ -18,7 +18,7 @@ from services.analytics import codec, history, store
 from services.analytics.domain import Movement
 from services.analytics.projection import Projection, write_movements
 from services.analytics.settings import Settings
-from shared import watermark, workers
+from shared import partitions, watermark, workers
 from shared.consumer import Consumer, Poison
 from shared.database import Connection, Database
 
@@ -26,8 +26,11 @@ log = structlog.get_logger(__name__)
 GROUP = "holdfast.analytics"
 DLQ_TOPIC = "holdfast.analytics.dlq"
 MONTHS_SECONDS = 3600
+MONTHS_AHEAD = 3
 HEAL_MARGIN = timedelta(minutes=5)
 READ_MS = 1_000
+RECONCILE_KEYS = 1_000
+RECONCILE_REST = 9
 
 
 class Workers:
@@ -44,6 +47,7 @@ class Workers:
         alone: dict[str, workers.Work] = {
             "healer": lambda: workers.forever(self._heal, settings.heal_poll_seconds),
             "aging": lambda: workers.forever(self._age, settings.aging_poll_seconds),
+            "reconciler": lambda: workers.forever(self._reconcile, settings.reconcile_poll_seconds),
             "months": lambda: workers.forever(self._months, MONTHS_SECONDS),
         }
         async with asyncio.TaskGroup() as group:
@@ -69,8 +73,8 @@ class Workers:
 
     async def _heal(self) -> None:
         async with self._database.connection() as connection:
-            partitions = await store.partitions_with_gaps(connection)
-        for partition in partitions:
+            stopped = await store.partitions_with_gaps(connection)
+        for partition in stopped:
             healed = await heal(self._database, self._settings.kafka_bootstrap, partition)
             log.info("gaps healed", partition=partition, keys=healed)
 
@@ -79,14 +83,49 @@ class Workers:
         if hours:
             log.info("sums aged", hours=hours)
 
+    async def _reconcile(self) -> None:
+        keys, units = await reconcile(self._database)
+        if units:
+            log.error("the mart differs from the ledger; rebuild it", units=units, keys=keys)
+
     async def _months(self) -> None:
+        # Business times of other months get their partitions when they come.
         async with self._database.connection() as connection:
+            for table in store.MONTHLY:
+                for ahead in range(MONTHS_AHEAD + 1):
+                    await partitions.make(connection, table, partitions.following(_this_month(), ahead))
             fresh = await history.freshness(connection)
         for start in await self._database.run(lambda connection: store.take_snapshots(connection, fresh.as_of)):
             log.info("snapshot taken", month=start.isoformat())
         oldest = datetime.now(UTC) - timedelta(days=31 * self._settings.retention_months)
         for table in await self._database.run(lambda connection: store.drop_old(connection, oldest)):
             log.info("dropped", table=table)
+
+
+def _this_month() -> datetime:
+    return partitions.month(datetime.now(UTC))
+
+
+async def reconcile(database: Database, keys_max: int = RECONCILE_KEYS) -> tuple[int, int]:
+    """Compare the mart with the ledger's copy, and remember what it came to: keys looked at, units of drift.
+
+    It rests between pages, so that it takes a tenth of a connection's time at the most.
+    """
+    loop = asyncio.get_running_loop()
+    after, keys, units = ("", ""), 0, 0
+    while True:
+        began = loop.time()
+        async with database.connection() as connection:
+            page = await store.mart_drift(connection, after, keys_max)
+        keys += len(page)
+        units += sum(drift for _, drift in page)
+        if len(page) < keys_max:
+            break
+        after = page[-1][0]
+        await asyncio.sleep((loop.time() - began) * RECONCILE_REST)
+    async with database.connection() as connection:
+        await connection.execute(store.RECONCILED, keys, units)
+    return keys, units
 
 
 async def heal(database: Database, bootstrap: str, partition: int) -> int:

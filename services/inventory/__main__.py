@@ -1,8 +1,14 @@
-"""`python -m services.inventory [--role api|worker|all]`: builds the parts and runs them."""
+"""`python -m services.inventory [--role api|worker|all]`: builds the parts and runs them.
+
+`python -m services.inventory repair [--apply]` says which entries would mend what the reconciler finds, and
+writes them.
+"""
 
 import argparse
 import asyncio
 import contextlib
+import sys
+import uuid
 from typing import Any
 
 import redis.asyncio as redis
@@ -64,13 +70,44 @@ async def run(settings: Settings, role: str) -> None:
         await database.close()
 
 
+async def repair(settings: Settings, *, apply: bool) -> int:
+    """Reconcile once and print what drifts, with the entries that mend it; 1 while anything drifts."""
+    database = await Database.connect(settings.database_dsn, name=f"{settings.pod} repair")
+    client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
+    cache = Cache(database, client, local_seconds=0, redis_seconds=settings.cache_redis_seconds, keys_max=1)
+    commands = Commands(database, cache)
+    try:
+        drifted, first = await commands.reconcile()
+        entries = await commands.repair(first, f"repair-{uuid.uuid4().hex[:12]}", apply=apply) if first else []
+    finally:
+        await cache.close()
+        await client.aclose()
+        await database.close()
+    mended = {entry.after.key: entry for entry in entries}
+    for drift in first:
+        entry = mended.get(drift.key)
+        entry_says = (
+            f"on hand {entry.on_hand_delta:+}, held {entry.held_delta:+}, short {entry.short_delta:+}"
+            if entry
+            else "versions are missing: it takes a person"
+        )
+        sys.stdout.write(f"{drift.key[0]} at {drift.key[1]}: {drift.units} units; entry: {entry_says}\n")
+    done = "written" if apply else "not written: --apply writes them"
+    sys.stdout.write(f"{drifted} keys drift; {len(entries)} entries {done}\n")
+    return int(drifted > (len(entries) if apply else 0))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m services.inventory", description="Run an inventory pod.")
-    parser.add_argument("--role", choices=("api", "worker", "all"), default="all")
-    role = parser.parse_args().role
+    parser.add_argument("command", nargs="?", choices=("serve", "repair"), default="serve")
+    parser.add_argument("--role", choices=("api", "worker", "all"), default="all", help="of a pod that serves")
+    parser.add_argument("--apply", action="store_true", help="write what repair would write")
+    arguments = parser.parse_args()
     settings = load(Settings)
     logs.configure(level=settings.log_level, style=settings.log_format, pod=settings.pod)
-    uvloop.run(run(settings, role))
+    if arguments.command == "repair":
+        sys.exit(uvloop.run(repair(settings, apply=arguments.apply)))
+    uvloop.run(run(settings, arguments.role))
 
 
 if __name__ == "__main__":

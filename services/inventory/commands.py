@@ -21,6 +21,7 @@ from services.inventory.domain import (
     Allocation,
     Change,
     Changed,
+    Drift,
     HoldChange,
     HoldRequest,
     HoldRow,
@@ -28,6 +29,7 @@ from services.inventory.domain import (
     Key,
     Kind,
     Mode,
+    Movement,
     Placed,
     Plan,
     Reason,
@@ -331,15 +333,14 @@ class Commands:
 
         return await self._commit(work)
 
-    async def reconcile(self, keys_max: int = RECONCILE_KEYS) -> tuple[int, list[Record]]:
+    async def reconcile(self, keys_max: int = RECONCILE_KEYS) -> tuple[int, list[Drift]]:
         """Compare counters, ledger and open holds of every key that has moved since it was last compared.
 
-        Returns how many do not agree, and the rows of `store.BALANCE` for the first DRIFTS_MAX of them. Stock
-        is left as it is. It rests between pages, so that it takes a tenth of a connection's time at the most.
-        Two at once do no harm.
+        Returns how many do not agree, and the first DRIFTS_MAX of them. Stock is left as it is. It rests between
+        pages, so that it takes a tenth of a connection's time at the most. Two at once do no harm.
         """
         loop = asyncio.get_running_loop()
-        looked, after, drifted, first = keys_max, ("", ""), 0, list[Record]()
+        looked, after, drifted, first = keys_max, ("", ""), 0, list[Drift]()
         while looked == keys_max:
             began = loop.time()
             async with self._database.connection() as connection:
@@ -348,6 +349,21 @@ class Commands:
             first += wrong[: DRIFTS_MAX - len(first)]
             await asyncio.sleep((loop.time() - began) * RECONCILE_REST)
         return drifted, first
+
+    async def repair(self, drifts: Sequence[Drift], request_id: str, *, apply: bool) -> list[Movement]:
+        """The entries that mend keys that drift, as they now do; written when `apply`, each with its event."""
+
+        async def work(connection: Connection) -> tuple[list[Movement], Shelf, datetime]:
+            before, now = await store.lock(connection, [drift.key for drift in drifts])
+            found = await store.balance_of(connection, before)
+            entries = [entry for one in found if (entry := domain.repair(before[one.key], one, request_id))]
+            shelf = Shelf(dict(before) | {entry.after.key: entry.after for entry in entries}, entries)
+            if apply:
+                await store.save(connection, before, shelf.stocks, now)
+                await store.insert_movements(connection, entries, now)
+            return entries, shelf if apply else Shelf({}), now
+
+        return await self._commit(work)
 
     # -- adjustments ------------------------------------------------------------------------------
 

@@ -65,6 +65,7 @@ class Kind(StrEnum):
     RELEASE = "RELEASE"
     EXPIRE = "EXPIRE"
     POLICY = "POLICY"
+    REPAIR = "REPAIR"
 
 
 class Change(StrEnum):
@@ -346,6 +347,43 @@ class Shelf:
         self.stocks[key] = after
         self.movements.append(movement)
         return movement
+
+
+@dataclass(frozen=True, slots=True)
+class Drift:
+    """By how much a key's counters exceed what its ledger and (`hold`) its open holds come to."""
+
+    key: Key
+    version: int
+    on_hand: int
+    held: int
+    short: int
+    hold: int
+
+    @property
+    def units(self) -> int:
+        return abs(self.on_hand) + abs(self.held) + abs(self.short) + abs(self.hold)
+
+
+def repair(stock: Stock, drift: Drift, request_id: str) -> Movement | None:
+    """The entry after which counters, ledger and open holds agree; None where versions are missing.
+
+    What is on hand stands as it is counted, because it was promised against; what is held is what the open holds
+    come to. The ledger gets the difference. A version that is missing cannot be made up: that takes a person.
+    """
+    if drift.version:
+        return None
+    held = stock.held - drift.hold
+    short = max(0, held - stock.on_hand - stock.backorder_limit)
+    after = replace(stock, held=held, short=short, version=stock.version + 1)
+    return Movement(
+        after,
+        Kind.REPAIR,
+        drift.on_hand,
+        drift.held - drift.hold,
+        short - (stock.short - drift.short),
+        request_id=request_id,
+    )
 
 
 def adjust(shelf: Shelf, ask: Adjustment) -> list[Movement]:

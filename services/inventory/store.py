@@ -17,6 +17,7 @@ import sqlalchemy as sa
 
 from services.inventory.domain import (
     Allocation,
+    Drift,
     HoldChange,
     HoldRequest,
     HoldRow,
@@ -301,9 +302,9 @@ SELECT movement.* FROM unnest($1::text[], $2::text[], $3::bigint[]) AS known (sk
 # their checkpoint, in one snapshot. Only movements after the checkpoint are read, so that the cost follows
 # what has happened since and not the length of history. Where all is zero, as it must be, the checkpoint
 # moves on; the other keys come back, and with them the last key looked at and how many there were.
-BALANCE = """
+_BALANCE = """
 WITH page AS (
-  SELECT * FROM stock WHERE (sku, location) > ($1, $2) ORDER BY sku, location LIMIT $3
+  {page}
 ), compared AS (
   SELECT page.sku, page.location, page.version, page.on_hand, page.held, page.short,
          page.version - coalesce(checked.version, 0) - ledger.movements AS version_drift,
@@ -341,6 +342,11 @@ WITH page AS (
 )
 SELECT looked.*, wrong.* FROM looked LEFT JOIN (SELECT * FROM judged WHERE drifted) AS wrong ON true
 """
+BALANCE = _BALANCE.format(page="SELECT * FROM stock WHERE (sku, location) > ($1, $2) ORDER BY sku, location LIMIT $3")
+# The same of single keys.
+BALANCE_OF = _BALANCE.format(
+    page="SELECT stock.* FROM unnest($1::text[], $2::text[]) AS key (sku, location) JOIN stock USING (sku, location)"
+)
 LOCK_SKU = "UPDATE sku SET version = version WHERE sku = $1 RETURNING *"
 LOCK_LOCATION = "UPDATE location SET version = version WHERE location = $1 RETURNING *"
 INSERT_SKUS = """
@@ -768,14 +774,28 @@ async def movements_after(
     return [_movement(row) for row in await connection.fetch(MOVEMENTS_AFTER, *later, movements_max)]
 
 
-async def balance(connection: Connection, after: Key, keys_max: int) -> tuple[int, Key, list[Record]]:
+def drift(row: Record) -> Drift:
+    """What a row of `balance` says."""
+    return Drift(
+        (row["sku"], row["location"]), row["version_drift"], row["on_hand_drift"], row["held_drift"],
+        row["short_drift"], row["hold_drift"],
+    )  # fmt: skip
+
+
+async def balance(connection: Connection, after: Key, keys_max: int) -> tuple[int, Key, list[Drift]]:
     """Compare those of the next keys that have moved since they were last found to agree; remember those that do.
 
     Returns how many were looked at, the last of them, and a row for each that does not agree.
     """
     rows = await connection.fetch(BALANCE, *after, keys_max)
     last = (rows[0]["last_sku"] or "", rows[0]["last_location"] or "")
-    return rows[0]["keys"], last, [row for row in rows if row["drifted"]]
+    return rows[0]["keys"], last, [drift(row) for row in rows if row["drifted"]]
+
+
+async def balance_of(connection: Connection, keys: Iterable[Key]) -> list[Drift]:
+    """The drift of keys, which the caller has locked."""
+    rows = await connection.fetch(BALANCE_OF, *split(sorted(keys)))
+    return [drift(row) for row in rows if row["drifted"]]
 
 
 async def make_partitions(connection: Connection, today: datetime, months_ahead: int) -> None:

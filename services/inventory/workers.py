@@ -5,6 +5,7 @@ and decides nothing: two at once do no harm, and with Redis away each pod runs i
 """
 
 import asyncio
+import dataclasses
 from datetime import UTC, datetime
 
 import redis.asyncio as redis
@@ -26,7 +27,6 @@ log = structlog.get_logger(__name__)
 MONTHS_AHEAD = 3
 PARTITIONS_SECONDS = 3600
 GROUP = "holdfast.inventory"
-_OF_THE_PAGE = {"keys", "last_sku", "last_location"}
 
 
 async def unsent_movements(connection: Connection, groups_max: int) -> list[Group]:
@@ -81,8 +81,8 @@ class Workers:
         drifted, first = await self._commands.reconcile()
         if drifted:
             log.error("keys drift", keys=drifted, shown=len(first))
-        for row in first:
-            log.error("drift", **{name: value for name, value in row.items() if name not in _OF_THE_PAGE})
+        for drift in first:
+            log.error("drift", **dataclasses.asdict(drift))
 
     async def _obey(self) -> None:
         await Consumer(

@@ -6,6 +6,8 @@ from pathlib import Path
 
 import pytest
 
+from services.analytics import domain as analytics
+from services.analytics.servicer import ERRORS as ANALYTICS
 from services.inventory import domain as inventory
 from services.inventory.servicer import ERRORS as INVENTORY
 from services.reservation import domain as reservation
@@ -15,7 +17,11 @@ from shared.errors import ErrorMap
 
 @pytest.mark.parametrize(
     ("api", "errors", "reasons"),
-    [("inventory", INVENTORY, inventory.Reason), ("reservation", RESERVATION, reservation.Reason)],
+    [
+        ("inventory", INVENTORY, inventory.Reason),
+        ("reservation", RESERVATION, reservation.Reason),
+        ("analytics", ANALYTICS, analytics.Reason),
+    ],
 )
 def test_each_reason_is_sent_with_its_documented_code(api: str, errors: ErrorMap, reasons: EnumMeta) -> None:
     """The enum's comments, the domain's reasons and the map of codes agree."""

@@ -10,6 +10,7 @@ from deploy.local.supervisor import Supervisor
 API = {
     "inventory-0": "holdfast.inventory.v1.InventoryService",
     "reservation-0": "holdfast.reservation.v1.ReservationService",
+    "analytics-0": "holdfast.analytics.v1.AnalyticsService",
 }
 
 
@@ -18,7 +19,7 @@ async def test_services_and_methods_are_found_by_name(pods: Supervisor, pod: str
     """The service is listed; it and its methods are found, as grpcurl and ghz ask for them; others are not."""
     service = API[pod]
     file = service.replace(".", "/").rsplit("/", 1)[0]
-    method = {"inventory-0": "GetAvailability", "reservation-0": "Reserve"}[pod]
+    method = {"inventory-0": "GetAvailability", "reservation-0": "Reserve", "analytics-0": "ReportSales"}[pod]
     asked = [
         reflection_pb2.ServerReflectionRequest(list_services=""),
         *(

@@ -6,7 +6,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from services.analytics import history, projection, store
+from services.analytics import history, projection, store, workers
 from services.analytics.domain import Movement
 from shared import partitions
 from shared.database import Database
@@ -81,3 +81,16 @@ async def test_stock_at_an_instant_survives_snapshots_and_dropped_months(analyti
     with pytest.raises(Refusal) as refused:
         await asked([datetime(2026, 4, 30, tzinfo=UTC)])
     assert refused.value.reason == "HISTORY_NOT_KEPT"
+
+
+async def test_a_mart_that_differs_from_the_ledger_is_told(analytics_db: Database) -> None:
+    """By how many units, in whatever pages it is looked at; a mart that agrees drifts by nothing."""
+    now = datetime.now(UTC)
+    await write(analytics_db, movements(random.Random(5), SKUS, [now - timedelta(hours=n) for n in range(100)]))
+    assert await workers.reconcile(analytics_db, keys_max=4) == (len(SKUS), 0)
+    async with analytics_db.connection() as connection:
+        await connection.execute("UPDATE stock_view SET on_hand = on_hand + 3 WHERE sku = 'S1'")
+        await connection.execute("UPDATE stock_view SET version = version - 1 WHERE sku = 'S4'")
+    assert await workers.reconcile(analytics_db, keys_max=2) == (len(SKUS), 4)
+    async with analytics_db.connection() as connection:
+        assert (await history.lag(connection)).drift_units == 4

@@ -132,6 +132,15 @@ STATEMENTS = (
     )
     """,
     "CREATE TABLE snapshot_taken (taken_at timestamptz PRIMARY KEY)",
+    # What the last comparison of the mart with the ledger's copy came to; a row.
+    """
+    CREATE TABLE reconciled (
+        reconciled_at timestamptz NOT NULL,
+        keys bigint NOT NULL,
+        drift_units bigint NOT NULL
+    )
+    """,
+    "INSERT INTO reconciled VALUES ('-infinity', 0, 0)",
     """
     CREATE TABLE stock_out (
         sku text COLLATE "C" NOT NULL,

@@ -1,0 +1,111 @@
+"""Events applied twice, in any batches, come to what they come to once; and a batch counts once."""
+
+import random
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+
+import pytest
+from aiokafka import ConsumerRecord, TopicPartition
+from holdfast.inventory.v1 import events_pb2 as inventory_events
+from holdfast.inventory.v1 import inventory_pb2 as ip
+from holdfast.reservation.v1 import events_pb2 as reservation_events
+from holdfast.reservation.v1 import reservation_pb2 as rp
+
+from services.analytics import codec
+from services.analytics.projection import Projection
+from shared.consumer import Batch, Elsewhere, Message, Poison
+from shared.database import Database
+from shared.wire import timestamp
+from tests.integration.ledger import movements
+
+CONTENT = (
+    "stock_view", "activity", "movement", "stock_out", "goods_return", "reservation", "reservation_state", "sale",
+    "gap",
+)  # fmt: skip
+
+
+def message(topic: str, offset: int, value: bytes) -> Message:
+    return ConsumerRecord(topic, 0, offset, 0, 0, b"key", value, None, 3, len(value), ())
+
+
+def moved(seed: int) -> list[bytes]:
+    now = datetime.now(UTC)
+    ledger = movements(random.Random(seed), ["A", "B", "C"], [now - timedelta(minutes=n) for n in range(120)])
+    return [
+        inventory_events.StockMoved(
+            movement=ip.Movement(
+                sku=m.sku, location=m.location, version=m.version,
+                kind=ip.MovementKind.Value(f"MOVEMENT_KIND_{m.kind}"),
+                on_hand_delta=m.on_hand_delta, held_delta=m.held_delta, on_hand=m.on_hand, held=m.held,
+                hold_id=m.hold_id, time=timestamp(m.recorded_at),
+            )
+        ).SerializeToString()
+        for m in ledger
+    ]  # fmt: skip
+
+
+def changed(seed: int) -> list[bytes]:
+    """Reservations of six units that are confirmed by and by, some to the end."""
+    dice, now = random.Random(seed), timestamp(datetime.now(UTC))
+    events = []
+    for n in range(20):
+        for version, confirmed in enumerate(sorted(dice.sample(range(7), dice.randint(1, 4))), 1):
+            state = rp.RESERVATION_STATE_HELD if confirmed < 6 else rp.RESERVATION_STATE_CONFIRMED
+            reservation = rp.Reservation(
+                reservation_id=f"r{n}", version=version, state=state, create_time=now, update_time=now,
+                lines=[rp.ReservationLine(sku="A", quantity=6, unit_price=rp.Money(currency_code="GBP", micros=5))],
+                allocations=[rp.Allocation(sku="A", location="MAIN", held=6 - confirmed, confirmed=confirmed)],
+            )  # fmt: skip
+            events.append(reservation_events.ReservationChanged(reservation=reservation).SerializeToString())
+    return events
+
+
+async def bury(_message: Message, poison: Poison) -> None:
+    raise poison
+
+
+async def applied(database: Database, topic: str, values: Sequence[bytes], dice: random.Random) -> None:
+    """Apply events in batches of any size; some batches come a second time, as after a crash of another pod."""
+    projection = Projection(database)
+    place = TopicPartition(topic, 0)
+    at = (await projection.positions([place]))[place]
+    messages = [message(topic, offset, value) for offset, value in enumerate(values, at)]
+    while messages:
+        size = dice.randint(1, 40)
+        batch, messages = Batch(place, at, messages[:size]), messages[size:]
+        await projection.apply(batch, bury)
+        at = batch.end
+        if dice.random() < 0.3:
+            with pytest.raises(Elsewhere):
+                await projection.apply(batch, bury)
+
+
+async def content(database: Database) -> dict[str, list[object]]:
+    async with database.connection() as connection:
+        return {
+            table: [dict(row) for row in await connection.fetch(f"SELECT * FROM {table} AS t ORDER BY t::text")]
+            for table in CONTENT
+        }
+
+
+@pytest.mark.parametrize("seed", range(4))
+async def test_every_event_twice_is_every_event_once(analytics_db: Database, seed: int) -> None:
+    """Right behind each other, or all of them again: the content is the same, and no key stops."""
+    dice = random.Random(seed)
+    told = {codec.MOVEMENTS_TOPIC: moved(seed), codec.CHANGES_TOPIC: changed(seed)}
+    for topic, values in told.items():
+        await applied(analytics_db, topic, values, dice)
+    once = await content(analytics_db)
+    assert all(once[table] for table in CONTENT if table != "gap")
+    assert not once["gap"]
+    sold = sum(row["units"] for row in once["sale"] if isinstance(row, dict))
+    assert sold == sum(row["sold"][0] for row in once["reservation"] if isinstance(row, dict))
+
+    for topic, values in told.items():
+        await applied(analytics_db, topic, values, dice)
+    assert await content(analytics_db) == once
+    async with analytics_db.connection() as connection:
+        await connection.execute(f"TRUNCATE {', '.join(CONTENT)}, consumed")
+    for topic, values in told.items():
+        await applied(analytics_db, topic, [value for value in values for _ in range(2)], dice)
+    assert await content(analytics_db) == once

@@ -1,0 +1,61 @@
+"""A report reads the months that it was asked for, and no other."""
+
+from collections.abc import AsyncIterator, Callable
+from datetime import UTC, datetime
+
+import pytest
+from holdfast.analytics.v1 import analytics_pb2 as pb
+
+from bench import analytics as history
+from services.analytics import reports
+from services.analytics.reports import Range, Report
+from services.analytics.store import MONTHLY
+from shared.database import Database
+
+MOVEMENTS = 60_000
+MAY = Range(datetime(2026, 5, 3, tzinfo=UTC), datetime(2026, 5, 20, tzinfo=UTC), "Europe/London")
+SALES = pb.ReportSalesRequest(period=pb.PERIOD_DAY, dimensions=[pb.SALES_DIMENSION_COUNTRY], rollup=True)
+
+
+@pytest.fixture
+async def long(analytics_dsn: str, analytics_db: Database) -> AsyncIterator[Database]:  # noqa: ARG001 - emptied
+    """Half a year of history, read as the API reads it."""
+    await history.load(analytics_dsn, MOVEMENTS)
+    reads = await Database.connect(analytics_dsn, name="test", planner={"jit": "off"})
+    yield reads
+    await reads.close()
+
+
+@pytest.mark.parametrize(
+    "build",
+    [
+        lambda: reports.sales(SALES, MAY),
+        lambda: reports.top_skus(pb.ReportTopSkusRequest(), MAY),
+        lambda: reports.funnel(pb.ReportFunnelRequest(period=pb.PERIOD_DAY), MAY),
+        lambda: reports.cover(pb.ReportCoverRequest(), MAY),
+        lambda: reports.customers(pb.ReportCustomersRequest(), MAY),
+        lambda: reports.returns(pb.ReportReturnsRequest(), MAY),
+        lambda: reports.buckets(pb.GetStockHistoryRequest(sku="S1", location="MAIN", bucket=pb.PERIOD_DAY), MAY),
+    ],
+    ids=["sales", "top_skus", "funnel", "cover", "customers", "returns", "history"],
+)
+async def test_a_time_range_prunes_the_months_beside_it(long: Database, build: Callable[[], Report]) -> None:
+    """Of each table that is cut by time only the month of the range stands in the plan."""
+    report = build()
+    async with long.connection() as connection:
+        rows = await connection.fetch(f"EXPLAIN {report.query}", *report.parameters)
+        assert (await report.page(connection, None, 5))[0]
+    plan = "\n".join(row[0] for row in rows)
+    read = [f"{table}_2026_0{month}" for table in MONTHLY for month in range(1, 7) if f" {table}_2026_0{month}" in plan]
+    assert read
+    assert all(name.endswith("_05") for name in read), plan
+
+
+async def test_history_of_a_key_is_read_by_index(long: Database) -> None:
+    """However long the ledger, a key's movements are found by its key."""
+    report = reports.movements(pb.GetStockHistoryRequest(sku="S1", location="MAIN"), MAY)
+    async with long.connection() as connection:
+        rows = await connection.fetch(f"EXPLAIN {report.query}", *report.parameters)
+    plan = "\n".join(row[0] for row in rows)
+    assert "Index" in plan
+    assert "Seq Scan" not in plan
