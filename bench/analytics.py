@@ -88,7 +88,7 @@ async def report_ms(dsn: str) -> dict[str, float]:
     quarter = Range(END - timedelta(days=90), END, "Europe/London")
     by_country = pb.ReportSalesRequest(period=pb.PERIOD_DAY, dimensions=[pb.SALES_DIMENSION_COUNTRY], rollup=True)
     asked: dict[str, Report] = {
-        "stock_view": reports.stock_view(pb.ListStockViewRequest(order=pb.STOCK_ORDER_DAYS_OF_COVER)),
+        "stock_view": reports.stock_view(pb.ListStockViewRequest(order=pb.STOCK_ORDER_DAYS_OF_COVER), END),
         "sales": reports.sales(by_country, month),
         "top_skus": reports.top_skus(pb.ReportTopSkusRequest(), month),
         "stock_outs": reports.stock_outs(pb.ReportStockOutsRequest(), month),

@@ -1,8 +1,8 @@
 """Micro-batching: while one batch is in flight, the next one gathers.
 
 A caller that comes alone waits for nobody. Under load a batch is followed by a short look for the callers
-that it has just answered, as most of them are on their way back: never longer than the batch took, and
-only until about as many wait as there are. Without it callers fall into two halves that are served in
+that it has just answered, as most of them are on their way back: never longer than the batch took, nor
+than 50 ms, and only until about as many wait as there are. Without it callers fall into two halves that are served in
 turn, in batches of half the size at the same latency.
 
 What waits is bounded in items, in bytes and in time, and what finds the queue full is refused at once
@@ -23,6 +23,7 @@ from shared.refusal import Refusal
 
 GATHER_SHARE = 0.9
 GATHER_TICK_SECONDS = 0.001
+GATHER_SECONDS_MAX = 0.05
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
@@ -109,7 +110,7 @@ class Batcher(Generic[Item, Result]):
                     waiting.done.set_result(result)
             self._batch_seconds = loop.time() - began
             if len(batch) > 1:
-                await self._gather(len(batch) + len(self._queue), self._batch_seconds)
+                await self._gather(len(batch) + len(self._queue), min(self._batch_seconds, GATHER_SECONDS_MAX))
         self._worker = None
 
     async def _gather(self, callers: int, seconds_max: float) -> None:
@@ -137,6 +138,9 @@ class Batcher(Generic[Item, Result]):
             batch.append(waiting)
             lines += waiting.lines
         self._left_behind = bool(self._queue)
+        if not batch:
+            # Nothing could be in time for a batch like the last one: the next is not judged by it.
+            self._batch_seconds = 0
         return batch
 
     def _overloaded(self, message: str, limit: float) -> Refusal:

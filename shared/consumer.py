@@ -11,7 +11,7 @@ Each partition is worked in order, partitions at the same time. Offsets are comm
 a message comes at least once and handlers must be idempotent; or the handler keeps them with what it
 writes, in one transaction, and then each message counts once. Too many dead letters within
 a minute are a sign that the consumer is wrong and not the messages: it stops (`DeadLetterLimitError`)
-before it has drained a topic into the dead letters.
+before it has drained a topic into the dead letters, and run again it buries no more until the minute is over.
 
 `python -m shared.consumer inspect TOPIC.dlq` shows dead letters; `... replay TOPIC.dlq` sends those that
 were not replayed before back to where they came from, each once.
@@ -31,7 +31,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPa
 from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, KafkaError
 
-from shared.outbox import producer
+from shared.outbox import partition_of, producer
 
 log = structlog.get_logger(__name__)
 Message: TypeAlias = "ConsumerRecord[bytes | None, bytes | None]"
@@ -114,9 +114,14 @@ class Consumer:
         self._positions = positions
         self._dlq_times: deque[float] = deque()
         self._at: dict[TopicPartition, int] = {}
+        self._buried: set[tuple[str, int, int]] = set()
+        self._astray = False
 
     async def run(self) -> None:
-        """Consume until cancelled. Raises what is broken; KafkaError when the brokers are away."""
+        """Consume until cancelled. Raises what is broken; KafkaError when the brokers are away.
+
+        To be run again, on the same Consumer: it knows what it has buried, and how much of late.
+        """
         consumer = AIOKafkaConsumer(
             bootstrap_servers=self._bootstrap,
             group_id=self._group,
@@ -137,6 +142,9 @@ class Consumer:
                             start = self._at.get(partition, messages[0].offset)
                             batch = Batch(partition, start, messages)
                             group.create_task(self._work(consumer, sender, batch))
+                    if self._astray:
+                        self._astray = False
+                        await self._seek(consumer, consumer.assignment())
                     if sum(map(len, batches.values())) < self._batch_messages_max / 2:
                         await asyncio.sleep(self._linger_seconds)
         finally:
@@ -159,30 +167,30 @@ class Consumer:
             else:
                 await consumer.commit({batch.partition: batch.end})
         except Elsewhere:
-            log.warning(
-                "partition was worked elsewhere", topic=batch.partition.topic, partition=batch.partition.partition
-            )
-            if batch.partition in consumer.assignment():
-                await self._seek(consumer, [batch.partition])
+            # Not this partition alone: what has replaced the offsets of one may have replaced all of them.
+            log.warning("partition was worked elsewhere", topic=batch.partition.topic, number=batch.partition.partition)
+            self._astray = True
         except (CommitFailedError, IllegalStateError):
             pass
 
     async def _patiently(self, sender: AIOKafkaProducer, batch: Batch) -> None:
-        buried: set[int] = set()
-
         async def bury(message: Message, poison: Poison) -> None:
-            if message.offset not in buried:
+            origin = (message.topic, message.partition, message.offset)
+            if origin not in self._buried:
                 await self._bury(sender, message, poison)
-                buried.add(message.offset)
+                self._buried.add(origin)
 
         wait = 0.05
         while True:
             try:
-                return await self._handle(batch, bury)
+                await self._handle(batch, bury)
             except Busy as busy:
                 log.warning("consumer waits", topic=batch.partition.topic, seconds=wait, why=str(busy))
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, BUSY_SECONDS_MAX)
+            else:
+                self._buried -= {(*batch.partition, message.offset) for message in batch.messages}
+                return
 
     async def _bury(self, sender: AIOKafkaProducer, message: Message, poison: Poison) -> None:
         now = time.monotonic()
@@ -233,7 +241,8 @@ async def replay(bootstrap: str, topic: str, *, limit: int) -> int:
         for message in messages:
             origin = dict(message.headers)["dlq_origin"].decode().rsplit("/", 2)[0]
             kept = [(name, value) for name, value in message.headers if not name.startswith("dlq_")]
-            await sender.send_and_wait(origin, message.value, key=message.key, headers=kept)
+            partition = partition_of(message.key or b"", len(await sender.partitions_for(origin)))
+            await sender.send_and_wait(origin, message.value, key=message.key, partition=partition, headers=kept)
             await consumer.commit({TopicPartition(message.topic, message.partition): message.offset + 1})
         return len(messages)
     finally:

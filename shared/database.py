@@ -84,7 +84,7 @@ class Database:
             max_size=connections_max,
             command_timeout=timeout_seconds,
             timeout=ACQUIRE_SECONDS_MAX,
-            server_settings={"application_name": name, **planner},
+            server_settings={"application_name": name, "timezone": "UTC", **planner},
             reset=_nothing,
         )
         return cls(pool)

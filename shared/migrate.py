@@ -40,6 +40,7 @@ async def migrate(dsn: str, service: str, phases: Sequence[str] = PHASES, schema
             async with engine.begin() as connection:
                 await connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({LOCK})"))
                 await connection.execute(sqlalchemy.text(f"SET LOCAL search_path TO {schema}"))
+                await connection.execute(sqlalchemy.text("SET LOCAL timezone TO 'UTC'"))
                 await connection.run_sync(upgrade, service, phase)
     finally:
         await engine.dispose()

@@ -135,7 +135,7 @@ class Relay:
             partitions = len(await self._producer.partitions_for(group.topic))
             for number, (key, payload) in enumerate(zip(group.keys, group.payloads, strict=True)):
                 raw = key.encode()
-                place = (group.topic, zlib.crc32(raw) % partitions)
+                place = (group.topic, partition_of(raw, partitions))
                 message = {"timestamp": None, "key": raw, "value": payload, "headers": _headers(group, number)}
                 if place not in filling:
                     filling[place] = self._producer.create_batch()
@@ -171,6 +171,11 @@ class Relay:
     async def _bound(self) -> datetime:
         async with self._database.connection() as connection:
             return await watermark.bound(connection)
+
+
+def partition_of(key: bytes, partitions: int) -> int:
+    """The partition of a key, as librdkafka chooses it by default."""
+    return zlib.crc32(key) % partitions
 
 
 def _headers(group: Group, number: int) -> list[tuple[str, bytes]]:

@@ -4,7 +4,8 @@ A relay that has emptied its outbox tells each partition of its topic a time, in
 content. The time is taken before the outbox is read: it is now, or the start of the oldest transaction that has
 written and not yet ended, if that is earlier. A change recorded before it was committed by then, so that the
 read saw it, and has been sent. Times of recording are read after a transaction's first write, which is why
-those that have not written do not count. Two relays at once tell two times, and both are true.
+those that have not written do not count. (Reservation's events carry the time of inventory's change, which is
+before that; of them it holds by the time of their booking.) Two relays at once tell two times, and both are true.
 """
 
 from datetime import UTC, datetime

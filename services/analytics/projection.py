@@ -9,6 +9,7 @@ from datetime import UTC, datetime
 from itertools import groupby
 from typing import TypeVar
 
+import asyncpg
 import structlog
 from aiokafka import TopicPartition
 
@@ -46,6 +47,22 @@ class Projection:
 
         Raises Busy while the database is away, Elsewhere when the partition is not where the batch begins.
         """
+        try:
+            await self._apply(batch, bury)
+        except (asyncpg.DataError, OverflowError) as error:
+            # Something in it that the database cannot keep: one by one, to find which.
+            start = batch.start
+            if len(batch.messages) == 1:
+                await bury(batch.messages[0], Poison(f"not to be kept: {type(error).__name__}"))
+                place = Place(batch.partition.topic, batch.partition.partition, start, batch.end, NEVER)
+                await self._run(place, _nothing)
+                return
+            for message in batch.messages:
+                one = Batch(batch.partition, start, [message])
+                await self.apply(one, bury)
+                start = one.end
+
+    async def _apply(self, batch: Batch, bury: Bury) -> None:
         topic = batch.partition.topic
         told = [time for message in batch.messages if (time := watermark.of(message))]
         place = Place(topic, batch.partition.partition, batch.start, batch.end, max(told, default=NEVER))
@@ -142,6 +159,10 @@ async def _write_reservations(connection: Connection, reservations: Sequence[Res
         sales += sold
     if new:
         await store.write_reservations(connection, new, known, sales)
+
+
+async def _nothing(_connection: Connection) -> None:
+    """A batch of which nothing is kept but that it was read."""
 
 
 async def _parse(messages: Sequence[Message], parse: Callable[[Message], Item], bury: Bury) -> list[Item]:

@@ -32,7 +32,7 @@ BAR = 40
 
 # Everything that follows from the topics is new; how long events took to be visible does not.
 SWAP = (
-    f"LOCK TABLE {LIVE}.consumed IN ACCESS EXCLUSIVE MODE",
+    f"LOCK TABLE {LIVE}.consumed, {LIVE}.aging IN ACCESS EXCLUSIVE MODE",
     f"TRUNCATE {NEW}.lag",
     f"INSERT INTO {NEW}.lag SELECT * FROM {LIVE}.lag",  # noqa: S608 - of constants
     f"ALTER SCHEMA {LIVE} RENAME TO {OLD}",

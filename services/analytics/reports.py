@@ -91,6 +91,11 @@ class Report:
         return self.row(**{name: _value(value) for name, value in row.items() if name in fields and value is not None})
 
 
+def _total(column: str) -> str:
+    """A sum that fits into 64 bits; one that does not is told as the most that does."""
+    return f"least(sum({column}), {2**63 - 1})::bigint"
+
+
 def _value(value: Any) -> Any:
     if isinstance(value, datetime):
         return timestamp(value)
@@ -130,8 +135,8 @@ def _period(report: Report, column: str, period: pb.Period.ValueType, time_zone:
     return f"to_char(date_trunc('{unit}', {column} AT TIME ZONE {report.bind(time_zone)}), '{form}')"
 
 
-def stock_view(request: pb.ListStockViewRequest) -> Report:
-    """The mart, with demand and cover."""
+def stock_view(request: pb.ListStockViewRequest, now: datetime) -> Report:
+    """The mart, with demand and cover as they are at `now`."""
     orders = {
         pb.STOCK_ORDER_UNSPECIFIED: {},
         pb.STOCK_ORDER_AVAILABLE: {"available": "bigint"},
@@ -143,6 +148,7 @@ def stock_view(request: pb.ListStockViewRequest) -> Report:
         raise Refusal(Reason.FIELD_INVALID, "order must be a known order", field="order")
     text = 'text COLLATE "C"'
     report = Report(pb.StockRow, {**orders[request.order], "sku": text, "location": text})
+    at = f"{report.bind(now)}::timestamptz"
     conditions = ["true"]
     if request.sku_prefix:
         low, high = report.bind(request.sku_prefix), report.bind(request.sku_prefix + "\U0010ffff")
@@ -150,9 +156,9 @@ def stock_view(request: pb.ListStockViewRequest) -> Report:
     if request.location:
         conditions.append(f"view.location = {report.bind(request.location)}")
     if request.HasField("available_below"):
-        conditions.append(f"available < {report.bind(request.available_below)}")
+        conditions.append(f"view.available < {report.bind(request.available_below)}")
     if request.HasField("days_of_cover_below"):
-        conditions.append(f"available < {report.bind(request.days_of_cover_below)}::float8 * daily_demand")
+        conditions.append(f"view.available < {report.bind(request.days_of_cover_below)}::float8 * daily_demand")
     conditions += _below(report, "view.category", request.category)
     report.query = f"""
         SELECT *, coalesce(days_of_cover, 'Infinity') AS cover_key, -sold_30d AS sold_key,
@@ -160,7 +166,10 @@ def stock_view(request: pb.ListStockViewRequest) -> Report:
         FROM (
           SELECT view.*, last_movement_at AS last_movement_time, available / nullif(daily_demand, 0) AS days_of_cover
           FROM (
-            SELECT *, sold_30d / least(30, greatest(1, extract(epoch FROM now() - first_movement_at)::float8 / 86400))
+            SELECT sku, location, name, category, on_hand, held, safety_stock, backorder_limit, short, sold_24h,
+                   sold_7d, sold_30d, returned_24h, returned_7d, returned_30d, last_movement_at, version,
+                   CASE WHEN active THEN available ELSE 0 END AS available,
+                   sold_30d / least(30, greatest(1, extract(epoch FROM {at} - first_movement_at)::float8 / 86400))
                    AS daily_demand
             FROM stock_view
           ) AS view WHERE {" AND ".join(conditions)}
@@ -184,7 +193,7 @@ def sales(request: pb.ReportSalesRequest, asked: Range) -> Report:
         SELECT *, {keys}
         FROM (
           SELECT currency_code, {grouped}, {rolled_up} AS rolled_up, count(DISTINCT reservation_id) AS orders,
-                 sum(units)::bigint AS units, sum(value_micros)::bigint AS value_micros
+                 sum(units)::bigint AS units, {_total("value_micros")} AS value_micros
           FROM (
             SELECT sale.currency_code, {", ".join(f"{expression} AS {name}" for name, expression in groups)},
                    sale.reservation_id, sale.units, sale.value_micros {source}
@@ -203,7 +212,7 @@ def top_skus(request: pb.ReportTopSkusRequest, asked: Range) -> Report:
     report.query = f"""
         WITH totals AS (
           SELECT sale.currency_code, sale.sku, max(sku.name) AS name, sum(sale.units)::bigint AS units,
-                 sum(sale.value_micros)::bigint AS value_micros {source} GROUP BY sale.currency_code, sale.sku
+                 {_total("sale.value_micros")} AS value_micros {source} GROUP BY sale.currency_code, sale.sku
         ), placed AS (
           SELECT *, rank() OVER (PARTITION BY currency_code ORDER BY value_micros DESC) AS rank,
                  row_number() OVER best AS place, sum(value_micros) OVER best AS running,
@@ -294,8 +303,10 @@ def cover(request: pb.ReportCoverRequest, asked: Range) -> Report:
     report = Report(pb.CoverRow, {"slowness": "float8", "sku": 'text COLLATE "C"'})
     zone, end = report.bind(asked.time_zone), report.bind(asked.end)
     days = f"{report.bind(max(1.0, (asked.end - asked.start) / timedelta(days=1)))}::float8"
+    first, last = (f"({time}::timestamptz AT TIME ZONE {zone})" for time in (report.bind(asked.start), end))
+    dates = f"(({last} - interval '1 us')::date - {first}::date + 1)"
     within = " AND ".join(_within(report, "order_time", asked))
-    conditions = " AND ".join(["true", *_below(report, "category", request.category)])
+    conditions = " AND ".join(["active", *_below(report, "category", request.category)])
     report.query = f"""
         WITH stock AS (
           SELECT sku, max(name) AS name, sum(available)::bigint AS available FROM stock_view WHERE {conditions}
@@ -316,8 +327,7 @@ def cover(request: pb.ReportCoverRequest, asked: Range) -> Report:
                    AS average_28d
           FROM moving CROSS JOIN (SELECT {end}::timestamptz AT TIME ZONE {zone} AS day) AS last GROUP BY sku, last.day
         ), covered AS (
-          SELECT stock.*, coalesce(sold, 0) AS sold, greatest(0, ceil({days})::bigint - coalesce(days_sold, 0))
-                   AS quiet_days,
+          SELECT stock.*, coalesce(sold, 0) AS sold, greatest(0, {dates} - coalesce(days_sold, 0)) AS quiet_days,
                  coalesce(average_7d, 0)::float8 AS average_7d, coalesce(average_28d, 0)::float8 AS average_28d,
                  coalesce(peak_7d, 0)::float8 AS peak_7d, (available / nullif(average_28d, 0))::float8 AS days_of_cover
           FROM stock LEFT JOIN paced USING (sku)
@@ -337,7 +347,7 @@ def customers(request: pb.ReportCustomersRequest, asked: Range) -> Report:
     report.query = f"""
         WITH bought AS (
           SELECT currency_code, customer_id, max(order_time) AS last_order_time,
-                 count(DISTINCT reservation_id) AS orders, sum(value_micros)::bigint AS value_micros
+                 count(DISTINCT reservation_id) AS orders, {_total("value_micros")} AS value_micros
           FROM sale WHERE {" AND ".join(conditions)} GROUP BY currency_code, customer_id
         ), scored AS (
           SELECT *, ntile(5) OVER (PARTITION BY currency_code ORDER BY last_order_time, customer_id) AS recency,
@@ -401,7 +411,7 @@ def buckets(request: pb.GetStockHistoryRequest, asked: Range) -> Report:
         FROM (
           SELECT *, first_value(available_before) OVER in_bucket AS open, last_value(available) OVER in_bucket AS close
           FROM (
-            SELECT *, date_trunc('{unit}', recorded_at AT TIME ZONE {zone}) AT TIME ZONE {zone} AS start_time
+            SELECT *, date_trunc('{unit}', recorded_at, {zone}) AS start_time
             FROM movement WHERE {_of_key(report, request, asked)}
           ) AS cut
           WINDOW in_bucket AS (

@@ -47,6 +47,7 @@ ERRORS = ErrorMap(
     },
 )
 Answer = TypeVar("Answer", bound=Message)
+Build = Callable[[Any, datetime], Report]  # of a request, and of what "now" means
 
 
 class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
@@ -61,12 +62,12 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
     # -- views and history ------------------------------------------------------------------------
 
     async def ListStockView(self, request: pb.ListStockViewRequest, context: Context) -> pb.ListStockViewResponse:
-        report = reports.stock_view(_checked_view(request))
+        _stock_view(request, datetime.now(UTC))
         check.count(len(request.min_versions), "min_versions", VERSIONS_MAX, least=0)
         if request.min_versions:
             versions = {(seen.sku, seen.location): seen.version for seen in request.min_versions}
             await history.await_versions(self._database, versions, self._patience(context))
-        return await self._page(pb.ListStockViewResponse, request, report)
+        return await self._page(pb.ListStockViewResponse, request, _stock_view)
 
     async def GetStockAt(self, request: pb.GetStockAtRequest, context: Context) -> pb.GetStockAtResponse:
         if not request.HasField("time"):
@@ -83,11 +84,10 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
     async def GetStockHistory(self, request: pb.GetStockHistoryRequest, context: Context) -> pb.GetStockHistoryResponse:
         check.code(request.sku, "sku")
         check.code(request.location, "location")
-        asked = _range(request.range)
         if request.bucket:
-            page = await self._rows(request, reports.buckets(request, asked))
+            page = await self._rows(request, lambda _, now: reports.buckets(request, _range(request.range, now)))
             return pb.GetStockHistoryResponse(buckets=page[0], next_page_token=page[1], freshness=page[2])
-        page = await self._rows(request, reports.movements(request, asked))
+        page = await self._rows(request, lambda _, now: reports.movements(request, _range(request.range, now)))
         return pb.GetStockHistoryResponse(movements=page[0], next_page_token=page[1], freshness=page[2])
 
     async def GetFreshness(self, request: pb.GetFreshnessRequest, context: Context) -> pb.GetFreshnessResponse:
@@ -101,25 +101,25 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
     # -- reports ----------------------------------------------------------------------------------
 
     async def ReportSales(self, request: pb.ReportSalesRequest, context: Context) -> pb.ReportSalesResponse:
-        return await self._page(pb.ReportSalesResponse, request, _sales(request))
+        return await self._page(pb.ReportSalesResponse, request, _sales)
 
     async def ReportTopSkus(self, request: pb.ReportTopSkusRequest, context: Context) -> pb.ReportTopSkusResponse:
-        return await self._page(pb.ReportTopSkusResponse, request, _top_skus(request))
+        return await self._page(pb.ReportTopSkusResponse, request, _top_skus)
 
     async def ReportStockOuts(self, request: pb.ReportStockOutsRequest, context: Context) -> pb.ReportStockOutsResponse:
-        return await self._page(pb.ReportStockOutsResponse, request, _stock_outs(request))
+        return await self._page(pb.ReportStockOutsResponse, request, _stock_outs)
 
     async def ReportFunnel(self, request: pb.ReportFunnelRequest, context: Context) -> pb.ReportFunnelResponse:
-        return await self._page(pb.ReportFunnelResponse, request, _funnel(request))
+        return await self._page(pb.ReportFunnelResponse, request, _funnel)
 
     async def ReportCover(self, request: pb.ReportCoverRequest, context: Context) -> pb.ReportCoverResponse:
-        return await self._page(pb.ReportCoverResponse, request, _cover(request))
+        return await self._page(pb.ReportCoverResponse, request, _cover)
 
     async def ReportCustomers(self, request: pb.ReportCustomersRequest, context: Context) -> pb.ReportCustomersResponse:
-        return await self._page(pb.ReportCustomersResponse, request, _customers(request))
+        return await self._page(pb.ReportCustomersResponse, request, _customers)
 
     async def ReportReturns(self, request: pb.ReportReturnsRequest, context: Context) -> pb.ReportReturnsResponse:
-        return await self._page(pb.ReportReturnsResponse, request, _returns(request))
+        return await self._page(pb.ReportReturnsResponse, request, _returns)
 
     async def AuditReservation(
         self, request: pb.AuditReservationRequest, context: Context
@@ -155,7 +155,7 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
         kind = request.WhichOneof("report")
         if kind is None:
             raise check.invalid("report", "must be set")
-        report = EXPORTS[kind](getattr(request, kind))
+        report = EXPORTS[kind](getattr(request, kind), datetime.now(UTC))
         names = [field.name for field in report.row.DESCRIPTOR.fields]
         after: list[str] | None = None
         header = [names]
@@ -169,23 +169,33 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
 
     # -- all of them ------------------------------------------------------------------------------
 
-    async def _page(self, answer: type[Answer], request: Any, report: Report) -> Answer:
-        rows, token, fresh = await self._rows(request, report)
+    async def _page(self, answer: type[Answer], request: Any, build: Build) -> Answer:
+        rows, token, fresh = await self._rows(request, build)
         return answer(rows=rows, next_page_token=token, freshness=fresh)
 
-    async def _rows(self, request: Any, report: Report) -> tuple[list[Any], str, pb.Freshness]:
-        """A page of a report, the token of the next, and how fresh it is at least."""
+    async def _rows(self, request: Any, build: Build) -> tuple[list[Any], str, pb.Freshness]:
+        """A page of a report, the token of the next, and how fresh it is at least.
+
+        What "now" means is settled by the first page and carried in the tokens: what is sorted by time would
+        otherwise move between pages.
+        """
         filters = type(request)()
         filters.CopyFrom(request)
         filters.ClearField("page_token")
         filters.ClearField("page_size")
         bound = filters.SerializeToString(deterministic=True)
-        after = pages.decode(request.page_token, bound, len(report.keys))
+        now = datetime.now(UTC)
+        report = build(request, now)
+        after = pages.decode(request.page_token, bound, len(report.keys) + 1)
+        if after:
+            now = _instant(after.pop())
+            report = build(request, now)
         size = pages.size(request.page_size)
         async with self._turn(), self._database.connection() as connection:
             fresh = await history.freshness(connection)
             rows, position = await report.page(connection, after, size)
-        return rows, pages.encode(position, bound) if position else "", _freshness(fresh)
+        token = pages.encode([*position, now.isoformat()], bound) if position else ""
+        return rows, token, _freshness(fresh)
 
     @asynccontextmanager
     async def _turn(self) -> AsyncIterator[None]:
@@ -212,14 +222,24 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
         return most if left is None else max(0.0, min(most, left - MARGIN_SECONDS))
 
 
-def _range(value: pb.TimeRange, field: str = "range") -> Range:
+def _range(value: pb.TimeRange, now: datetime) -> Range:
     if not value.HasField("start_time"):
-        raise check.invalid(f"{field}.start_time", "must be set")
-    start = check.time(value.start_time, f"{field}.start_time")
-    end = check.time(value.end_time, f"{field}.end_time") if value.HasField("end_time") else datetime.now(UTC)
+        raise check.invalid("range.start_time", "must be set")
+    start = check.time(value.start_time, "range.start_time")
+    end = check.time(value.end_time, "range.end_time") if value.HasField("end_time") else now
     if end <= start:
-        raise check.invalid(f"{field}.end_time", "must be after start_time")
-    return Range(start, end, check.text(value.time_zone, f"{field}.time_zone", 64) or "UTC")
+        raise check.invalid("range.end_time", "must be after start_time")
+    return Range(start, end, check.text(value.time_zone, "range.time_zone", 64) or "UTC")
+
+
+def _instant(text: str) -> datetime:
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        instant = None
+    if instant is None or instant.tzinfo is None:
+        raise Refusal(Reason.PAGE_TOKEN_INVALID, "the page token is not of this list")
+    return instant
 
 
 def _filter(value: pb.SalesFilter) -> None:
@@ -229,17 +249,17 @@ def _filter(value: pb.SalesFilter) -> None:
     check.code(value.customer_id, "filter.customer_id", optional=True)
 
 
-def _checked_view(request: pb.ListStockViewRequest) -> pb.ListStockViewRequest:
+def _stock_view(request: pb.ListStockViewRequest, now: datetime) -> Report:
     check.code(request.sku_prefix, "sku_prefix", optional=True)
     check.text(request.category, "category", 200)
     check.code(request.location, "location", optional=True)
     for number, seen in enumerate(request.min_versions):
         check.code(seen.sku, f"min_versions[{number}].sku")
         check.code(seen.location, f"min_versions[{number}].location")
-    return request
+    return reports.stock_view(request, now)
 
 
-def _sales(request: pb.ReportSalesRequest) -> Report:
+def _sales(request: pb.ReportSalesRequest, now: datetime) -> Report:
     _filter(request.filter)
     check.count(len(request.dimensions), "dimensions", DIMENSIONS_MAX, least=0)
     unknown = any(one not in reports.DIMENSIONS for one in request.dimensions)
@@ -247,51 +267,51 @@ def _sales(request: pb.ReportSalesRequest) -> Report:
         raise check.invalid("dimensions", "must be known, and none twice")
     if request.period not in reports.PERIODS | {pb.PERIOD_UNSPECIFIED: None} or request.period == pb.PERIOD_HOUR:
         raise check.invalid("period", "must be a day, a week, a month or unset")
-    return reports.sales(request, _range(request.range))
+    return reports.sales(request, _range(request.range, now))
 
 
-def _top_skus(request: pb.ReportTopSkusRequest) -> Report:
+def _top_skus(request: pb.ReportTopSkusRequest, now: datetime) -> Report:
     _filter(request.filter)
-    return reports.top_skus(request, _range(request.range))
+    return reports.top_skus(request, _range(request.range, now))
 
 
-def _stock_outs(request: pb.ReportStockOutsRequest) -> Report:
+def _stock_outs(request: pb.ReportStockOutsRequest, now: datetime) -> Report:
     check.code(request.sku_prefix, "sku_prefix", optional=True)
     check.code(request.location, "location", optional=True)
     if request.join_within.seconds < 0 or not 0 <= request.join_within.nanos < 10**9:
         raise check.invalid("join_within", "must not be negative")
     check.quantity(request.join_within.seconds, "join_within.seconds", least=0, most=10**8)
-    return reports.stock_outs(request, _range(request.range))
+    return reports.stock_outs(request, _range(request.range, now))
 
 
-def _funnel(request: pb.ReportFunnelRequest) -> Report:
+def _funnel(request: pb.ReportFunnelRequest, now: datetime) -> Report:
     check.text(request.country, "country", 64)
     if request.period not in reports.PERIODS | {pb.PERIOD_UNSPECIFIED: None}:
         raise check.invalid("period", "must be a known period")
-    return reports.funnel(request, _range(request.range))
+    return reports.funnel(request, _range(request.range, now))
 
 
-def _cover(request: pb.ReportCoverRequest) -> Report:
+def _cover(request: pb.ReportCoverRequest, now: datetime) -> Report:
     check.text(request.category, "category", 200)
-    asked = _range(request.range)
+    asked = _range(request.range, now)
     if (asked.end - asked.start).days > COVER_DAYS_MAX:
         raise check.invalid("range", f"must be at most {COVER_DAYS_MAX} days")
     return reports.cover(request, asked)
 
 
-def _customers(request: pb.ReportCustomersRequest) -> Report:
+def _customers(request: pb.ReportCustomersRequest, now: datetime) -> Report:
     check.text(request.country, "country", 64)
-    return reports.customers(request, _range(request.range))
+    return reports.customers(request, _range(request.range, now))
 
 
-def _returns(request: pb.ReportReturnsRequest) -> Report:
+def _returns(request: pb.ReportReturnsRequest, now: datetime) -> Report:
     check.text(request.category, "category", 200)
     check.quantity(request.sold_min, "sold_min", least=0)
-    return reports.returns(request, _range(request.range))
+    return reports.returns(request, _range(request.range, now))
 
 
-EXPORTS: dict[str, Callable[[Any], Report]] = {
-    "stock_view": lambda request: reports.stock_view(_checked_view(request)),
+EXPORTS: dict[str, Build] = {
+    "stock_view": _stock_view,
     "sales": _sales,
     "top_skus": _top_skus,
     "stock_outs": _stock_outs,

@@ -60,18 +60,19 @@ SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::timestamptz[], $5
 # Locks the SKUs of new keys against a change of the catalogue, so that the mart has the name that stands.
 LOCK_SKUS = """
 INSERT INTO sku (sku) SELECT * FROM unnest($1::text[])
-ON CONFLICT (sku) DO UPDATE SET version = sku.version RETURNING sku, name, category
+ON CONFLICT (sku) DO UPDATE SET version = sku.version RETURNING sku, name, category, active
 """
 SHARE_AGING = "SELECT aged_to FROM aging FOR SHARE"
 # What is sold or returned counts in a window when its hour has not been aged out of it.
 UPSERT_VIEW = """
 INSERT INTO stock_view AS view (
   sku, location, name, category, on_hand, held, short, safety_stock, backorder_limit, available,
-  sold_24h, sold_7d, sold_30d, returned_24h, returned_7d, returned_30d, first_movement_at, last_movement_at, version)
+  sold_24h, sold_7d, sold_30d, returned_24h, returned_7d, returned_30d, first_movement_at, last_movement_at, version,
+  active)
 SELECT * FROM unnest(
   $1::text[], $2::text[], $3::text[], $4::text[], $5::bigint[], $6::bigint[], $7::bigint[], $8::bigint[], $9::bigint[],
   $10::bigint[], $11::bigint[], $12::bigint[], $13::bigint[], $14::bigint[], $15::bigint[], $16::bigint[],
-  $17::timestamptz[], $18::timestamptz[], $19::bigint[])
+  $17::timestamptz[], $18::timestamptz[], $19::bigint[], $20::boolean[])
 ON CONFLICT (sku, location) DO UPDATE SET
   on_hand = excluded.on_hand, held = excluded.held, short = excluded.short, safety_stock = excluded.safety_stock,
   backorder_limit = excluded.backorder_limit, available = excluded.available,
@@ -127,9 +128,10 @@ ON CONFLICT (sku) DO UPDATE SET
 WHERE sku.version < excluded.version
 """
 RENAME_VIEW = """
-UPDATE stock_view AS view SET name = sku.name, category = sku.category
+UPDATE stock_view AS view SET name = sku.name, category = sku.category, active = sku.active
 FROM unnest($1::text[]) AS changed (sku) JOIN sku ON sku.sku = changed.sku
-WHERE view.sku = sku.sku AND (view.name, view.category) IS DISTINCT FROM (sku.name, sku.category)
+WHERE view.sku = sku.sku
+  AND (view.name, view.category, view.active) IS DISTINCT FROM (sku.name, sku.category, sku.active)
 """
 
 # -- reservations
@@ -191,6 +193,7 @@ MONTHS_TO_SNAPSHOT = """
 SELECT month FROM generate_series(
   (SELECT coalesce(max(taken_at), (SELECT date_trunc('month', min(first_movement_at), 'UTC') FROM stock_view))
    FROM snapshot_taken) + interval '1 month', $1, interval '1 month') AS month
+WHERE NOT EXISTS (SELECT FROM gap)
 """
 # Of each key its last movement of the month that ends, or what the snapshot before has of it.
 TAKE_SNAPSHOT = """
@@ -299,26 +302,26 @@ async def write_movements(connection: Connection, partition: int, applied: Appli
     rows = []
     for key in sorted(applied.last):
         last = applied.last[key]
-        name, category = names.get(last.sku, ("", ""))
+        name, category, active = names.get(last.sku, ("", "", True))
         rows.append(
             (
                 *key, name, category, last.on_hand, last.held, last.short, last.safety_stock, last.backorder_limit,
                 last.available, *sums.get(key, (0, 0, 0, 0, 0, 0)), applied.first[key].recorded_at, last.recorded_at,
-                last.version,
+                last.version, active,
             )
         )  # fmt: skip
-    await connection.execute(UPSERT_VIEW, *columns(rows, 19))
+    await connection.execute(UPSERT_VIEW, *columns(rows, 20))
     await _write_stock_outs(connection, applied)
     returns = [(m.sku, m.location, m.version, m.occurred_at, m.on_hand_delta) for m, _ in applied.rows if _returned(m)]
     if returns:
         await connection.execute(INSERT_RETURNS, *columns(returns, 5))
 
 
-async def _names(connection: Connection, skus: set[str]) -> dict[str, tuple[str, str]]:
+async def _names(connection: Connection, skus: set[str]) -> dict[str, tuple[str, str, bool]]:
     if not skus:
         return {}
     rows = await connection.fetch(LOCK_SKUS, sorted(skus))
-    return {row["sku"]: (row["name"], row["category"]) for row in rows}
+    return {row["sku"]: (row["name"], row["category"], row["active"]) for row in rows}
 
 
 async def _add_activity(connection: Connection, movements: Iterable[Movement]) -> dict[Key, tuple[int, ...]]:
@@ -461,7 +464,7 @@ async def delete_gaps(connection: Connection, keys: Iterable[Key]) -> None:
 
 
 async def take_snapshots(connection: Connection, complete_until: datetime) -> list[datetime]:
-    """Take the snapshots of months that are over and complete; return them."""
+    """Take the snapshots of months that are over and complete, while no key is stopped; return them."""
     months = [row["month"] for row in await connection.fetch(MONTHS_TO_SNAPSHOT, complete_until)]
     for start in months:
         await connection.execute(TAKE_SNAPSHOT, start)

@@ -6,7 +6,8 @@ Redis that saves work and decides nothing.
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator, Awaitable, Callable
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -15,7 +16,7 @@ import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from services.analytics import codec, history, store
-from services.analytics.domain import Movement
+from services.analytics.domain import Key, Movement
 from services.analytics.projection import Projection, write_movements
 from services.analytics.settings import Settings
 from shared import partitions, watermark, workers
@@ -27,6 +28,7 @@ GROUP = "holdfast.analytics"
 DLQ_TOPIC = "holdfast.analytics.dlq"
 MONTHS_SECONDS = 3600
 MONTHS_AHEAD = 3
+HEAL_SECONDS_MAX = 300.0
 HEAL_MARGIN = timedelta(minutes=5)
 READ_MS = 1_000
 RECONCILE_KEYS = 1_000
@@ -40,6 +42,7 @@ class Workers:
         self._settings = settings
         self._database = database
         self._redis = client
+        self._unhealed: dict[int, tuple[float, float]] = {}
 
     async def run(self) -> None:
         """Run every worker; a fault in one is logged and it starts again, the others go on."""
@@ -51,15 +54,15 @@ class Workers:
             "months": lambda: workers.forever(self._months, MONTHS_SECONDS),
         }
         async with asyncio.TaskGroup() as group:
-            group.create_task(workers.restarting("projection", self._follow))
+            group.create_task(workers.restarting("projection", self._follower().run))
             for name, work in alone.items():
                 group.create_task(
                     workers.alone(self._redis, f"analytics:{name}", work, lock_ttl_seconds=settings.lock_ttl_seconds)
                 )
 
-    async def _follow(self) -> None:
+    def _follower(self) -> Consumer:
         projection = Projection(self._database)
-        await Consumer(
+        return Consumer(
             self._settings.kafka_bootstrap,
             codec.TOPICS,
             GROUP,
@@ -69,14 +72,20 @@ class Workers:
             batch_messages_max=self._settings.batch_messages_max,
             linger_seconds=self._settings.follow_linger_seconds,
             positions=projection.positions,
-        ).run()
+        )
 
     async def _heal(self) -> None:
         async with self._database.connection() as connection:
             stopped = await store.partitions_with_gaps(connection)
+        now = time.monotonic()
         for partition in stopped:
+            since, wait = self._unhealed.get(partition, (0.0, 0.0))
+            if now - since < wait:
+                continue
             healed = await heal(self._database, self._settings.kafka_bootstrap, partition)
             log.info("gaps healed", partition=partition, keys=healed)
+            # What is missing may never come: each time in vain the next is further away.
+            self._unhealed[partition] = (now, 0 if healed else min(max(wait * 2, 1), HEAL_SECONDS_MAX))
 
     async def _age(self) -> None:
         hours = await self._database.run(store.age)
@@ -138,14 +147,13 @@ async def heal(database: Database, bootstrap: str, partition: int) -> int:
         stopped = await store.gaps(connection, partition)
     if not stopped:
         return 0
-    async with _reading(bootstrap, partition, min(stopped.values()) - HEAL_MARGIN) as (read_until, end):
+    async with _reading(bootstrap, partition, stopped) as (read_until, end):
         await read_until(end)
 
         async def work(connection: Connection) -> int:
             movements = await read_until(await store.lock_partition(connection, codec.MOVEMENTS_TOPIC, partition))
-            wanted = [movement for movement in movements if (movement.sku, movement.location) in stopped]
             await store.delete_gaps(connection, stopped)
-            await write_movements(connection, partition, sorted(wanted, key=lambda movement: movement.version))
+            await write_movements(connection, partition, sorted(movements, key=lambda movement: movement.version))
             return len(stopped.keys() - (await store.gaps(connection, partition)).keys())
 
         return await database.run(work)
@@ -153,9 +161,10 @@ async def heal(database: Database, bootstrap: str, partition: int) -> int:
 
 @asynccontextmanager
 async def _reading(
-    bootstrap: str, partition: int, since: datetime
+    bootstrap: str, partition: int, stopped: Mapping[Key, datetime]
 ) -> AsyncIterator[tuple[Callable[[int], Awaitable[list[Movement]]], int]]:
-    """What reads a partition of movements, from a time on, up to an offset; and where the partition ends."""
+    """What reads the movements of stopped keys, from the last that was applied, up to an offset; and the end."""
+    since = min(stopped.values()) - HEAL_MARGIN
     place = TopicPartition(codec.MOVEMENTS_TOPIC, partition)
     consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
     movements: list[Movement] = []
@@ -165,7 +174,9 @@ async def _reading(
             for message in (await consumer.getmany(place, timeout_ms=READ_MS)).get(place, []):
                 if watermark.of(message) is None:
                     with contextlib.suppress(Poison):
-                        movements.append(codec.movement(message))
+                        movement = codec.movement(message)
+                        if (movement.sku, movement.location) in stopped:
+                            movements.append(movement)
         return movements
 
     await consumer.start()

@@ -71,7 +71,7 @@ class Workers:
                 group.create_task(
                     workers.alone(self._redis, f"inventory:{name}", work, lock_ttl_seconds=settings.lock_ttl_seconds)
                 )
-            group.create_task(workers.restarting("commands", self._obey))
+            group.create_task(workers.restarting("commands", self._commands_consumer().run))
 
     async def _partitions(self) -> None:
         async with self._database.connection() as connection:
@@ -84,15 +84,15 @@ class Workers:
         for drift in first:
             log.error("drift", **dataclasses.asdict(drift))
 
-    async def _obey(self) -> None:
-        await Consumer(
+    def _commands_consumer(self) -> Consumer:
+        return Consumer(
             self._settings.kafka_bootstrap,
             [codec.COMMANDS_TOPIC],
             GROUP,
             f"{codec.COMMANDS_TOPIC}.dlq",
             lambda batch, bury: obey(self._commands, batch, bury),
             dlq_messages_max=self._settings.dlq_messages_max,
-        ).run()
+        )
 
 
 async def obey(commands: Commands, batch: Batch, bury: Bury) -> None:

@@ -48,6 +48,8 @@ def ask(request: pb.ReserveRequest, field: str = "") -> Ask:
         raise check.invalid(f"{at}mode", "must be a known mode")
     check.count(len(request.lines), f"{at}lines", LINES_MAX)
     lines = tuple(_line(line, mode, f"{at}lines[{number}]") for number, line in enumerate(request.lines))
+    if sum(line.quantity * line.price_micros for line in lines) > VALUE_MICROS_MAX:
+        raise check.invalid(f"{at}lines", f"must be worth at most {VALUE_MICROS_MAX} micros together")
     totals: dict[tuple[str, str], int] = {}
     for line in lines:
         totals[line.sku, line.location] = totals.get((line.sku, line.location), 0) + line.quantity
@@ -68,8 +70,6 @@ def ask(request: pb.ReserveRequest, field: str = "") -> Ask:
 def _line(line: pb.ReservationLine, mode: Mode, at: str) -> Line:
     check.quantity(line.quantity, f"{at}.quantity")
     most = line.quantity if mode is Mode.MINIMUM else 0
-    if line.quantity * line.unit_price.micros > VALUE_MICROS_MAX:
-        raise check.invalid(f"{at}.unit_price.micros", f"times the quantity must be at most {VALUE_MICROS_MAX}")
     return Line(
         check.code(line.sku, f"{at}.sku"),
         check.code(line.location, f"{at}.location", optional=True),

@@ -4,6 +4,7 @@ The package's docstring says why the order of the steps is right.
 """
 
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import timedelta
 
@@ -143,7 +144,12 @@ class Commands:
             async with self._database.connection() as connection:
                 return await self._book(connection, reservations, done)
         except (*RETRIED, asyncpg.DivisionByZeroError):
-            return await self._database.run(lambda connection: self._book_locked(connection, done))
+            pass
+        for _ in range(ATTEMPTS_MAX):
+            # A refusal books no reservation, and so waits for no lock: it may still come in between.
+            with suppress(asyncpg.DivisionByZeroError):
+                return await self._database.run(lambda connection: self._book_locked(connection, done))
+        raise unavailable()
 
     async def _book_locked(
         self, connection: Connection, done: Sequence[tuple[Change, Changed | Refusal]]

@@ -92,6 +92,29 @@ async def test_the_view_is_filtered_sorted_and_paged(holdfast: Holdfast) -> None
     assert refused.value.reason == "PAGE_TOKEN_INVALID"
 
 
+async def test_every_order_of_the_view_comes_to_an_end(holdfast: Holdfast) -> None:
+    """Page by page, ties among the rows: each row once, in each order."""
+    skus = [await goods(holdfast, units) for units in (4, 4, 9)]
+    for sku in skus[:2]:
+        await reserve(holdfast, [LINE(sku=sku, location="MAIN", quantity=2)])
+    await caught_up(holdfast)
+    for order in ap.StockOrder.values():
+        rows = await holdfast.report("ListStockView", ap.ListStockViewRequest(order=order, page_size=7), pages_max=500)
+        keys = [(row.sku, row.location) for row in rows]
+        assert len(keys) == len(set(keys))
+        assert set(skus) <= {sku for sku, _ in keys}
+
+
+async def test_an_archived_sku_has_nothing_available(holdfast: Holdfast) -> None:
+    """The view says what inventory says: it cannot be held."""
+    sku = await goods(holdfast, 4)
+    await holdfast._call(holdfast.inventory.ArchiveSku(ip.ArchiveSkuRequest(request_id=new(), sku=sku)))
+    assert (await view(holdfast, sku, 1)).on_hand == 4
+    async with asyncio.timeout(15):
+        while (await view(holdfast, sku)).available:
+            await asyncio.sleep(0.05)
+
+
 async def test_stock_at_an_instant(holdfast: Holdfast) -> None:
     """What was on hand and held between two movements, whatever came after."""
     sku = await goods(holdfast, 10)

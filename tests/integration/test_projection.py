@@ -3,6 +3,7 @@
 import random
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 import pytest
 from aiokafka import ConsumerRecord, TopicPartition
@@ -109,3 +110,37 @@ async def test_every_event_twice_is_every_event_once(analytics_db: Database, see
     for topic, values in told.items():
         await applied(analytics_db, topic, [value for value in values for _ in range(2)], dice)
     assert await content(analytics_db) == once
+
+
+async def test_what_the_database_cannot_keep_is_buried_alone(analytics_db: Database) -> None:
+    """A text that PostgreSQL refuses, or a value beyond 64 bits, is poison; its neighbours are applied."""
+    now = timestamp(datetime.now(UTC))
+    line = rp.ReservationLine(sku="A", quantity=10, unit_price=rp.Money(currency_code="GBP", micros=10**18))
+    sold = rp.Allocation(sku="A", location="MAIN", confirmed=10)
+    good: dict[str, Any] = {
+        "version": 1,
+        "state": rp.RESERVATION_STATE_CONFIRMED,
+        "create_time": now,
+        "update_time": now,
+    }
+    told = [
+        rp.Reservation(reservation_id="good", **good),
+        rp.Reservation(reservation_id="nul", customer_id="a\0b", **good),
+        rp.Reservation(reservation_id="dear", lines=[line], allocations=[sold], **good),
+        rp.Reservation(reservation_id="last", **good),
+    ]
+    values = [reservation_events.ReservationChanged(reservation=one).SerializeToString() for one in told]
+    place = TopicPartition(codec.CHANGES_TOPIC, 0)
+    projection = Projection(analytics_db)
+    await projection.positions([place])
+    buried: list[tuple[int, str]] = []
+
+    async def keep(message: Message, poison: Poison) -> None:
+        buried.append((message.offset, poison.reason))
+
+    messages = [message(codec.CHANGES_TOPIC, offset, value) for offset, value in enumerate(values)]
+    await projection.apply(Batch(place, 0, messages), keep)
+    assert [offset for offset, _ in buried] == [1, 2]
+    assert (await projection.positions([place]))[place] == 4
+    kept = await content(analytics_db)
+    assert [row["reservation_id"] for row in kept["reservation"] if isinstance(row, dict)] == ["good", "last"]

@@ -77,6 +77,7 @@ STATEMENTS = (
         first_movement_at timestamptz NOT NULL,
         last_movement_at timestamptz NOT NULL,
         version bigint NOT NULL,
+        active boolean NOT NULL DEFAULT true,
         PRIMARY KEY (sku, location)
     ) WITH (fillfactor = 70)
     """,
