@@ -14,10 +14,11 @@ A client that watches health and retries UNAVAILABLE sees nothing of it.
 """
 
 import asyncio
+import contextlib
 import gc
 import signal
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Coroutine, Sequence
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -224,6 +225,24 @@ def build(
     reflection.enable((*services, HEALTH_NAME), server)
     server.add_insecure_port(settings.listen)
     return server, edge, checks
+
+
+async def run(
+    settings: Settings,
+    errors: ErrorMap,
+    register: Callable[[Any], None],
+    services: Sequence[str],
+    workers: Coroutine[Any, Any, None] | None,
+) -> None:
+    """Serve an API, with `workers` beside it, until SIGTERM or SIGINT."""
+    working = asyncio.create_task(workers) if workers else None
+    try:
+        await serve(*build(settings, errors, register, services), services, settings.drain_seconds_max)
+    finally:
+        if working:
+            working.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await working
 
 
 async def serve(

@@ -4,8 +4,6 @@
 """
 
 import argparse
-import asyncio
-import contextlib
 import sys
 from typing import Any
 
@@ -48,17 +46,10 @@ async def run(settings: Settings, role: str) -> None:
         if api:
             analytics_pb2_grpc.add_AnalyticsServiceServicer_to_server(Servicer(settings, reads), target)
 
-    workers = None
-    if role in {"worker", "all"}:
-        workers = asyncio.create_task(Workers(settings, writes, client).run())
+    workers = Workers(settings, writes, client).run() if role in {"worker", "all"} else None
     try:
-        listening, edge, checks = server.build(settings, ERRORS, register, services)
-        await server.serve(listening, edge, checks, services, settings.drain_seconds_max)
+        await server.run(settings, ERRORS, register, services, workers)
     finally:
-        if workers:
-            workers.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await workers
         await client.aclose()
         await writes.close()
         await reads.close()

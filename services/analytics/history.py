@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 from services.analytics.codec import CHANGES_TOPIC, MOVEMENTS_TOPIC
 from services.analytics.domain import Key, Reason
-from services.analytics.store import LAG_BASE, columns
-from shared.database import Connection, Database, Record
+from services.analytics.store import LAG_BASE
+from shared.database import Connection, Database, Record, columns
 from shared.refusal import Refusal
 from shared.wire import EPOCH
 

@@ -10,7 +10,7 @@ class Settings(settings.Settings):
 
     batch_messages_max: int = Field(default=20_000, ge=1, description="Events taken at once, over all partitions.")
     follow_linger_seconds: float = Field(
-        default=0.15, ge=0, description="Between small batches of events: fewer and larger ones cost less."
+        default=0.02, ge=0, description="Between small batches of events: fewer and larger ones cost less."
     )
     dlq_messages_max: int = Field(default=100, ge=1, description="Poison events a minute; more stop the consumer.")
     reports_max: int = Field(default=4, ge=1, description="Reports at once on a pod.")

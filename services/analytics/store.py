@@ -11,7 +11,7 @@ from datetime import datetime, timedelta
 from typing import Any, NamedTuple
 
 from services.analytics.domain import Applied, Key, Known, KnownReservation, Movement, Reservation, Sale
-from shared.database import Connection
+from shared.database import Connection, columns
 
 LAG_BASE = 1.1
 MONTHLY = {
@@ -247,11 +247,6 @@ class Place(NamedTuple):
     start: int
     end: int
     complete_until: datetime
-
-
-def columns(rows: Iterable[Sequence[Any]], count: int) -> list[list[Any]]:
-    """Rows to columns; `count` empty ones when there are no rows."""
-    return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(count)]
 
 
 async def positions(connection: Connection, topic: str, partitions: Sequence[int]) -> dict[int, int]:

@@ -5,8 +5,6 @@ writes them.
 """
 
 import argparse
-import asyncio
-import contextlib
 import sys
 import uuid
 from typing import Any
@@ -54,17 +52,10 @@ async def run(settings: Settings, role: str) -> None:
         if api:
             inventory_pb2_grpc.add_InventoryServiceServicer_to_server(servicer, target)
 
-    workers = None
-    if role in {"worker", "all"}:
-        workers = asyncio.create_task(Workers(settings, database, commands, client).run())
+    workers = Workers(settings, database, commands, client).run() if role in {"worker", "all"} else None
     try:
-        listening, edge, checks = server.build(settings, ERRORS, register, services)
-        await server.serve(listening, edge, checks, services, settings.drain_seconds_max)
+        await server.run(settings, ERRORS, register, services, workers)
     finally:
-        if workers:
-            workers.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await workers
         await cache.close()
         await client.aclose()
         await database.close()

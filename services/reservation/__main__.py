@@ -1,8 +1,6 @@
 """`python -m services.reservation [--role api|worker|all]`: builds the parts and runs them."""
 
 import argparse
-import asyncio
-import contextlib
 from typing import Any
 
 import redis.asyncio as redis
@@ -41,17 +39,10 @@ async def run(settings: Settings, role: str) -> None:
             servicer = Servicer(settings, database, commands)
             reservation_pb2_grpc.add_ReservationServiceServicer_to_server(servicer, target)
 
-    workers = None
-    if role in {"worker", "all"}:
-        workers = asyncio.create_task(Workers(settings, database, commands, client).run())
+    workers = Workers(settings, database, commands, client).run() if role in {"worker", "all"} else None
     try:
-        listening, edge, checks = server.build(settings, ERRORS, register, services)
-        await server.serve(listening, edge, checks, services, settings.drain_seconds_max)
+        await server.run(settings, ERRORS, register, services, workers)
     finally:
-        if workers:
-            workers.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await workers
         await channel.close(None)
         await client.aclose()
         await database.close()

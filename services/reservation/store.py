@@ -7,7 +7,6 @@ import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from typing import Any
 
 import sqlalchemy as sa
 
@@ -24,7 +23,7 @@ from services.reservation.domain import (
     ShortLine,
     State,
 )
-from shared.database import Connection, Record, fetch
+from shared.database import Connection, Record, columns, fetch
 from shared.refusal import Refusal
 
 # New reservations with all that belongs to them and their events, in one statement and one round trip.
@@ -133,10 +132,6 @@ class KnownChange:
     change: Change
     state: str
     refusal: Refusal | None
-
-
-def columns(rows: Iterable[Sequence[Any]], count: int) -> list[list[Any]]:
-    return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(count)]
 
 
 async def insert(
