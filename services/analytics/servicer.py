@@ -124,6 +124,11 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
     async def AuditReservation(
         self, request: pb.AuditReservationRequest, context: Context
     ) -> pb.AuditReservationResponse:
+        entries, fresh = await self._audit(request)
+        return pb.AuditReservationResponse(entries=entries, freshness=fresh)
+
+    async def _audit(self, request: pb.AuditReservationRequest) -> tuple[list[pb.AuditEntry], pb.Freshness]:
+        """Every state and movement of a reservation, in order of time, and how fresh they are at least."""
         name = check.code(request.reservation_id, "reservation_id")
         async with self._turn(), self._database.connection() as connection:
             fresh = await history.freshness(connection)
@@ -147,7 +152,7 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
             for row in states
         ]  # fmt: skip
         entries.sort(key=lambda entry: (entry.time.seconds, entry.time.nanos))
-        return pb.AuditReservationResponse(entries=entries, freshness=_freshness(fresh))
+        return entries, _freshness(fresh)
 
     async def ExportReport(
         self, request: pb.ExportReportRequest, context: Context
@@ -155,17 +160,20 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
         kind = request.WhichOneof("report")
         if kind is None:
             raise check.invalid("report", "must be set")
+        if kind == "audit":
+            entries, _ = await self._audit(request.audit)
+            yield _piece(pb.AuditEntry, entries, header=True)
+            return
         report = EXPORTS[kind](getattr(request, kind), datetime.now(UTC))
-        names = [field.name for field in report.row.DESCRIPTOR.fields]
-        after: list[str] | None = None
-        header = [names]
-        while True:
-            async with self._turn(), self._database.connection() as connection:
-                rows, after = await report.page(connection, after, EXPORT_ROWS)
-            yield pb.ExportReportResponse(csv=_csv([*header, *([_cell(row, name) for name in names] for row in rows)]))
-            header = []
-            if after is None:
-                return
+        rows, after = await self._export(report, None)
+        yield _piece(report.row, rows, header=True)
+        while after is not None:
+            rows, after = await self._export(report, after)
+            yield _piece(report.row, rows, header=False)
+
+    async def _export(self, report: Report, after: list[str] | None) -> tuple[list[Any], list[str] | None]:
+        async with self._turn(), self._database.connection() as connection:
+            return await report.page(connection, after, EXPORT_ROWS)
 
     # -- all of them ------------------------------------------------------------------------------
 
@@ -339,7 +347,11 @@ def _cell(row: Any, name: str) -> str:
     return str(value.ToTimedelta().total_seconds())
 
 
-def _csv(rows: list[list[str]]) -> bytes:
+def _piece(kind: type[Message], rows: list[Any], *, header: bool) -> pb.ExportReportResponse:
+    """Rows as lines of CSV, the first with the names of the fields where it is the header."""
+    names = [field.name for field in kind.DESCRIPTOR.fields]
     text = io.StringIO()
-    csv.writer(text, lineterminator="\r\n").writerows(rows)
-    return text.getvalue().encode()
+    writer = csv.writer(text, lineterminator="\r\n")
+    writer.writerows([names] * header)
+    writer.writerows([_cell(row, name) for name in names] for row in rows)
+    return pb.ExportReportResponse(csv=text.getvalue().encode())

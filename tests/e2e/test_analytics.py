@@ -219,6 +219,10 @@ async def test_a_partial_confirm_sells_what_it_confirms(holdfast: Holdfast) -> N
     audit = await holdfast._call(holdfast.analytics.AuditReservation(ap.AuditReservationRequest(reservation_id=name)))
     assert [entry.what for entry in audit.entries if entry.entry == "STATE"] == ["HELD", "HELD", "CONFIRMED"]
     assert [entry.what for entry in audit.entries if entry.entry == "MOVEMENT"] == ["HOLD", "COMMIT", "COMMIT"]
+    export = ap.ExportReportRequest(audit=ap.AuditReservationRequest(reservation_id=name))
+    text = b"".join([piece.csv async for piece in holdfast.analytics.ExportReport(export)]).decode()
+    exported = list(csv.DictReader(io.StringIO(text)))
+    assert [row["what"] for row in exported] == [entry.what for entry in audit.entries]
 
 
 async def test_stock_outs_funnel_returns_and_cover(holdfast: Holdfast) -> None:
