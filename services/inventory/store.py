@@ -299,9 +299,10 @@ SELECT movement.* FROM unnest($1::text[], $2::text[], $3::bigint[]) AS known (sk
   ) AS movement
 """
 # Counters less what the ledger and the open holds come to, for those of the next keys that have moved since
-# their checkpoint, in one snapshot. Only movements after the checkpoint are read, so that the cost follows
-# what has happened since and not the length of history. Where all is zero, as it must be, the checkpoint
-# moves on; the other keys come back, and with them the last key looked at and how many there were.
+# their checkpoint, or whose counters are no longer what they were then, in one snapshot. Only movements after
+# the checkpoint are read, so that the cost follows what has happened since and not the length of history. Where
+# all is zero, as it must be, the checkpoint moves on; the other keys come back, and with them the last key looked
+# at and how many there were.
 _BALANCE = """
 WITH page AS (
   {page}
@@ -324,7 +325,9 @@ WITH page AS (
       SELECT coalesce(sum(hold.held), 0)::bigint AS held FROM hold
       WHERE hold.sku = page.sku AND hold.location = page.location AND hold.held > 0
     ) AS open_holds
-  WHERE page.version <> coalesce(checked.version, 0)
+  WHERE (page.version, page.on_hand, page.held, page.short)
+     <> (coalesce(checked.version, 0), coalesce(checked.on_hand, 0), coalesce(checked.held, 0),
+         coalesce(checked.short, 0))
 ), judged AS (
   SELECT *, (version_drift, on_hand_drift, held_drift, short_drift, hold_drift) <> (0, 0, 0, 0, 0) AS drifted
   FROM compared

@@ -69,6 +69,19 @@ async def test_books_that_disagree_are_named_until_they_are_mended(
     await assert_sound(inventory_db)
 
 
+async def test_counters_that_change_without_a_movement_are_found(commands: Commands, inventory_db: Database) -> None:
+    """Even where the books were found to agree before, and nothing has moved since."""
+    await scene(commands)
+    assert await commands.reconcile() == (0, [])
+    async with inventory_db.connection() as connection:
+        await connection.execute("UPDATE stock SET on_hand = on_hand + 3 WHERE sku = 'S7'")
+    drifted, (found,) = await commands.reconcile()
+    assert (drifted, found.key, found.on_hand, found.units) == (1, ("S7", "MAIN"), 3, 3)
+    await commands.repair([found], "mend", apply=True)
+    assert await commands.reconcile() == (0, [])
+    await assert_sound(inventory_db)
+
+
 async def test_partitions_are_made_ahead(inventory_db: Database) -> None:
     """Every month of the year to come has a place for its movements; making them again changes nothing."""
     count = "SELECT count(*) FROM pg_inherits WHERE inhparent = 'movement'::regclass"
