@@ -1,7 +1,7 @@
 """How a pod's workers are kept going: alone where one is enough, again after a fault, until cancelled."""
 
 import asyncio
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 
 import redis.asyncio as redis
 import structlog
@@ -22,14 +22,22 @@ async def forever(work: Work, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
+async def turns(rest: float) -> AsyncIterator[None]:
+    """For a loop of heavy turns: between two of them rest `rest` times as long as the first took."""
+    loop = asyncio.get_running_loop()
+    while True:
+        began = loop.time()
+        yield
+        await asyncio.sleep((loop.time() - began) * rest)
+
+
 async def in_turns(what: str, work: Callable[[], Awaitable[int]]) -> None:
     """Do `work` until it finds nothing to do, resting as long as each turn took: callers come first."""
-    loop = asyncio.get_running_loop()
-    began = loop.time()
-    while count := await work():
+    async for _ in turns(rest=1):
+        count = await work()
+        if not count:
+            break
         log.info(what, count=count)
-        await asyncio.sleep(loop.time() - began)
-        began = loop.time()
 
 
 async def restarting(name: str, work: Work) -> None:

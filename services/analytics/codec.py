@@ -98,7 +98,3 @@ def _business_time(value: Timestamp) -> datetime:
     if time.year not in BUSINESS_YEARS:
         raise Poison("a business time out of range")
     return time
-
-
-def lag_ms(recorded_at: datetime, now: datetime) -> float:
-    return (now - recorded_at).total_seconds() * 1000

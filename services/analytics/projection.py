@@ -3,7 +3,7 @@
 The package's docstring says why nothing is lost or doubled.
 """
 
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import groupby
@@ -55,7 +55,7 @@ class Projection:
             if len(batch.messages) == 1:
                 await bury(batch.messages[0], Poison(f"not to be kept: {type(error).__name__}"))
                 place = Place(batch.partition.topic, batch.partition.partition, start, batch.end, NEVER)
-                await self._run(place, _nothing)
+                await self._run(place)
                 return
             for message in batch.messages:
                 one = Batch(batch.partition, start, [message])
@@ -77,11 +77,20 @@ class Projection:
         except Refusal as refusal:
             raise Busy(refusal.message) from refusal
 
-    async def _run(self, place: Place, work: Callable[[Connection], Awaitable[None]]) -> None:
+    async def _run(
+        self,
+        place: Place,
+        work: Callable[[Connection], Awaitable[None]] | None = None,
+        recorded: Iterable[datetime] = (),
+    ) -> None:
+        """Pass a batch and do its work, in one transaction; `recorded` are the times of its events."""
+
         async def advanced(connection: Connection) -> None:
             if not await store.advance(connection, place):
                 raise Elsewhere
-            await work(connection)
+            if work:
+                await work(connection)
+            await store.count_lag(connection, place, recorded)
 
         await self._database.run(advanced)
 
@@ -90,22 +99,14 @@ class Projection:
             {("movement", partitions.month(m.recorded_at)) for m in movements}
             | {("goods_return", partitions.month(m.occurred_at)) for m in movements if m.kind == "RETURN"}
         )
-
-        async def work(connection: Connection) -> None:
-            await write_movements(connection, place.partition, movements)
-            now = datetime.now(UTC)
-            await store.count_lag(
-                connection, place.topic, place.partition, (codec.lag_ms(m.recorded_at, now) for m in movements)
-            )
-
-        await self._run(place, work)
+        await self._run(
+            place,
+            lambda connection: write_movements(connection, place.partition, movements),
+            [movement.recorded_at for movement in movements],
+        )
 
     async def _skus(self, place: Place, rows: Sequence[tuple[str, str, str, str, str, int, bool, int]]) -> None:
-        async def work(connection: Connection) -> None:
-            if rows:
-                await store.write_skus(connection, rows)
-
-        await self._run(place, work)
+        await self._run(place, (lambda connection: store.write_skus(connection, rows)) if rows else None)
 
     async def _reservations(self, place: Place, reservations: Sequence[Reservation]) -> None:
         months = {partitions.month(one.order_time) for one in reservations}
@@ -113,15 +114,11 @@ class Projection:
             {(table, month) for table in ("reservation", "reservation_state", "sale") for month in months}
             | {("refusal", partitions.month(one.created_at)) for one in reservations if one.short_lines}
         )
-
-        async def work(connection: Connection) -> None:
-            await _write_reservations(connection, reservations)
-            now = datetime.now(UTC)
-            await store.count_lag(
-                connection, place.topic, place.partition, (codec.lag_ms(one.updated_at, now) for one in reservations)
-            )
-
-        await self._run(place, work)
+        await self._run(
+            place,
+            lambda connection: _write_reservations(connection, reservations),
+            [one.updated_at for one in reservations],
+        )
 
     async def _make_partitions(self, wanted: set[tuple[str, datetime]]) -> None:
         for table, month in sorted(wanted - self._made):
@@ -159,10 +156,6 @@ async def _write_reservations(connection: Connection, reservations: Sequence[Res
         sales += sold
     if new:
         await store.write_reservations(connection, new, known, sales)
-
-
-async def _nothing(_connection: Connection) -> None:
-    """A batch of which nothing is kept but that it was read."""
 
 
 async def _parse(messages: Sequence[Message], parse: Callable[[Message], Item], bury: Bury) -> list[Item]:

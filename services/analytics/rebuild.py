@@ -119,10 +119,7 @@ async def _fill(settings: Settings, database: Database) -> int:
 
     await consumer.start()
     try:
-        await consumer.topics()
-        places = [
-            TopicPartition(topic, n) for topic in codec.TOPICS for n in consumer.partitions_for_topic(topic) or ()
-        ]
+        places = sorted(consumer.assignment())
         at.update(await projection.positions(places))
         while left := await behind(ends := await consumer.end_offsets(places)):
             whole = read + left

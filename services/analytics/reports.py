@@ -21,6 +21,8 @@ from shared.refusal import Refusal
 from shared.wire import duration, timestamp
 
 LAST = "U&'\\+10FFFF'"  # sorts after every code: a subtotal stands after what it sums
+LAST_CHARACTER = "\U0010ffff"
+CODE = 'text COLLATE "C"'  # the type of keys that are codes
 PERIODS = {
     pb.PERIOD_HOUR: ("hour", "YYYY-MM-DD HH24:MI"),
     pb.PERIOD_DAY: ("day", "YYYY-MM-DD"),
@@ -104,12 +106,17 @@ def _value(value: Any) -> Any:
     return value
 
 
+def _beginning(report: Report, column: str, prefix: str) -> list[str]:
+    """The condition for codes that begin so."""
+    return [f"{column} BETWEEN {report.bind(prefix)} AND {report.bind(prefix + LAST_CHARACTER)}"] if prefix else []
+
+
 def _below(report: Report, column: str, category: str) -> list[str]:
     """The condition for a category and those below it."""
     if not category:
         return []
-    exact, low, high = report.bind(category), report.bind(category + "/"), report.bind(category + "/\U0010ffff")
-    return [f"({column} = {exact} OR {column} BETWEEN {low} AND {high})"]
+    (below,) = _beginning(report, column, category + "/")
+    return [f"({column} = {report.bind(category)} OR {below})"]
 
 
 def _within(report: Report, column: str, asked: Range) -> list[str]:
@@ -146,13 +153,10 @@ def stock_view(request: pb.ListStockViewRequest, now: datetime) -> Report:
     }
     if request.order not in orders:
         raise Refusal(Reason.FIELD_INVALID, "order must be a known order", field="order")
-    text = 'text COLLATE "C"'
-    report = Report(pb.StockRow, {**orders[request.order], "sku": text, "location": text})
+    report = Report(pb.StockRow, {**orders[request.order], "sku": CODE, "location": CODE})
     at = f"{report.bind(now)}::timestamptz"
     conditions = ["true"]
-    if request.sku_prefix:
-        low, high = report.bind(request.sku_prefix), report.bind(request.sku_prefix + "\U0010ffff")
-        conditions.append(f"view.sku BETWEEN {low} AND {high}")
+    conditions += _beginning(report, "view.sku", request.sku_prefix)
     if request.location:
         conditions.append(f"view.location = {report.bind(request.location)}")
     if request.HasField("available_below"):
@@ -186,7 +190,7 @@ def sales(request: pb.ReportSalesRequest, asked: Range) -> Report:
     groups = [("period", _period(report, "sale.order_time", request.period, asked.time_zone)), *dimensions]
     grouped = ", ".join(name for name, _ in groups)
     by = f"ROLLUP ({grouped})" if request.rollup else grouped
-    report.keys = {"currency_code": 'text COLLATE "C"'} | {f"{name}_key": 'text COLLATE "C"' for name, _ in groups}
+    report.keys = {"currency_code": CODE} | {f"{name}_key": CODE for name, _ in groups}
     rolled_up = " + ".join(f"grouping({name})" for name, _ in groups)
     keys = ", ".join(f'coalesce({name}, {LAST}) COLLATE "C" AS {name}_key' for name, _ in groups)
     report.query = f"""
@@ -207,7 +211,7 @@ def sales(request: pb.ReportSalesRequest, asked: Range) -> Report:
 
 def top_skus(request: pb.ReportTopSkusRequest, asked: Range) -> Report:
     """Pareto: running sums over SKUs in order of value."""
-    report = Report(pb.TopSkuRow, {"currency_code": 'text COLLATE "C"', "place": "bigint"})
+    report = Report(pb.TopSkuRow, {"currency_code": CODE, "place": "bigint"})
     source = _sales(report, asked, request.filter)
     report.query = f"""
         WITH totals AS (
@@ -232,16 +236,13 @@ def top_skus(request: pb.ReportTopSkusRequest, asked: Range) -> Report:
 
 def stock_outs(request: pb.ReportStockOutsRequest, asked: Range) -> Report:
     """Gaps and islands: stock-outs of a key that lie close together are one."""
-    text = 'text COLLATE "C"'
-    report = Report(pb.StockOutRow, {"sku": text, "location": text, "start_time": "timestamptz"})
+    report = Report(pb.StockOutRow, {"sku": CODE, "location": CODE, "start_time": "timestamptz"})
     end = report.bind(asked.end)
     conditions = [
         f"started_at < {end}",
         f"(ended_at IS NULL OR ended_at > {report.bind(asked.start)})",
     ]
-    if request.sku_prefix:
-        low, high = report.bind(request.sku_prefix), report.bind(request.sku_prefix + "\U0010ffff")
-        conditions.append(f"sku BETWEEN {low} AND {high}")
+    conditions += _beginning(report, "sku", request.sku_prefix)
     if request.location:
         conditions.append(f"location = {report.bind(request.location)}")
     near = report.bind(request.join_within.ToTimedelta())
@@ -273,7 +274,7 @@ def stock_outs(request: pb.ReportStockOutsRequest, asked: Range) -> Report:
 
 def funnel(request: pb.ReportFunnelRequest, asked: Range) -> Report:
     """What became of the reservations of each period."""
-    report = Report(pb.FunnelRow, {"period": 'text COLLATE "C"'})
+    report = Report(pb.FunnelRow, {"period": CODE})
     conditions = _within(report, "order_time", asked)
     if request.country:
         conditions.append(f"country = {report.bind(request.country)}")
@@ -300,7 +301,7 @@ def funnel(request: pb.ReportFunnelRequest, asked: Range) -> Report:
 
 def cover(request: pb.ReportCoverRequest, asked: Range) -> Report:
     """Moving averages over the days with sales; a day without adds nothing to them."""
-    report = Report(pb.CoverRow, {"slowness": "float8", "sku": 'text COLLATE "C"'})
+    report = Report(pb.CoverRow, {"slowness": "float8", "sku": CODE})
     zone, end = report.bind(asked.time_zone), report.bind(asked.end)
     days = f"{report.bind(max(1.0, (asked.end - asked.start) / timedelta(days=1)))}::float8"
     first, last = (f"({time}::timestamptz AT TIME ZONE {zone})" for time in (report.bind(asked.start), end))
@@ -339,8 +340,7 @@ def cover(request: pb.ReportCoverRequest, asked: Range) -> Report:
 
 def customers(request: pb.ReportCustomersRequest, asked: Range) -> Report:
     """NTILE over recency, frequency and money; ties go by customer, so that the answer is one."""
-    text = 'text COLLATE "C"'
-    report = Report(pb.CustomerRow, {"currency_code": text, "value_key": "bigint", "customer_id": text})
+    report = Report(pb.CustomerRow, {"currency_code": CODE, "value_key": "bigint", "customer_id": CODE})
     conditions = [*_within(report, "order_time", asked), "customer_id <> ''"]
     if request.country:
         conditions.append(f"country = {report.bind(request.country)}")
@@ -368,7 +368,7 @@ def customers(request: pb.ReportCustomersRequest, asked: Range) -> Report:
 
 def returns(request: pb.ReportReturnsRequest, asked: Range) -> Report:
     """Units that came back beside units sold, each counted where it happened."""
-    report = Report(pb.ReturnsRow, {"returned_key": "bigint", "sku": 'text COLLATE "C"'})
+    report = Report(pb.ReturnsRow, {"returned_key": "bigint", "sku": CODE})
     came_back = " AND ".join(_within(report, "occurred_at", asked))
     within = " AND ".join(_within(report, "order_time", asked))
     conditions = [

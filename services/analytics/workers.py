@@ -120,10 +120,8 @@ async def reconcile(database: Database, keys_max: int = RECONCILE_KEYS) -> tuple
 
     It rests between pages, so that it takes a tenth of a connection's time at the most.
     """
-    loop = asyncio.get_running_loop()
     after, keys, units = ("", ""), 0, 0
-    while True:
-        began = loop.time()
+    async for _ in workers.turns(rest=RECONCILE_REST):
         async with database.connection() as connection:
             page = await store.mart_drift(connection, after, keys_max)
         keys += len(page)
@@ -131,7 +129,6 @@ async def reconcile(database: Database, keys_max: int = RECONCILE_KEYS) -> tuple
         if len(page) < keys_max:
             break
         after = page[-1][0]
-        await asyncio.sleep((loop.time() - began) * RECONCILE_REST)
     async with database.connection() as connection:
         await connection.execute(store.RECONCILED, keys, units)
     return keys, units

@@ -4,7 +4,6 @@ The package's docstring says why this is right. Here: `place` (holds), `change` 
 and expire), `sweep`, `adjust`, and the catalogue.
 """
 
-import asyncio
 from collections.abc import Awaitable, Callable, Iterable, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -39,6 +38,7 @@ from services.inventory.domain import (
 from shared import outbox
 from shared.database import RETRIED, Connection, Database, Record
 from shared.refusal import Refusal
+from shared.workers import turns
 
 SWEEP_HOLDS_MAX = 500
 IMPORT_CHUNK_ROWS = 500
@@ -339,15 +339,14 @@ class Commands:
         Returns how many do not agree, and the first DRIFTS_MAX of them. Stock is left as it is. It rests between
         pages, so that it takes a tenth of a connection's time at the most. Two at once do no harm.
         """
-        loop = asyncio.get_running_loop()
-        looked, after, drifted, first = keys_max, ("", ""), 0, list[Drift]()
-        while looked == keys_max:
-            began = loop.time()
+        after, drifted, first = ("", ""), 0, list[Drift]()
+        async for _ in turns(rest=RECONCILE_REST):
             async with self._database.connection() as connection:
                 looked, after, wrong = await store.balance(connection, after, keys_max)
             drifted += len(wrong)
             first += wrong[: DRIFTS_MAX - len(first)]
-            await asyncio.sleep((loop.time() - began) * RECONCILE_REST)
+            if looked < keys_max:
+                break
         return drifted, first
 
     async def repair(self, drifts: Sequence[Drift], request_id: str, *, apply: bool) -> list[Movement]:

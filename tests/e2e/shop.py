@@ -1,7 +1,5 @@
 """Short ways to set a scene through the API."""
 
-import asyncio
-from datetime import UTC, datetime
 from uuid import uuid4
 
 from holdfast.analytics.v1 import analytics_pb2 as ap
@@ -44,14 +42,6 @@ async def stock(holdfast: Holdfast, sku: str, at: str = "MAIN", min_version: int
     answer = await holdfast._call(holdfast.inventory.GetAvailability(request))
     found: ip.Stock = answer.stocks[0]
     return found
-
-
-async def caught_up(holdfast: Holdfast) -> None:
-    """Wait until analytics has everything that was recorded by now."""
-    now = datetime.now(UTC)
-    async with asyncio.timeout(60):
-        while (await holdfast.freshness()).freshness.as_of.ToDatetime(tzinfo=UTC) <= now:
-            await asyncio.sleep(0.05)
 
 
 async def view(holdfast: Holdfast, sku: str, version: int = 0) -> ap.StockRow:

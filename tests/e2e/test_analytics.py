@@ -12,9 +12,10 @@ from holdfast.analytics.v1 import analytics_pb2 as ap
 from holdfast.inventory.v1 import inventory_pb2 as ip
 from holdfast.reservation.v1 import reservation_pb2 as rp
 
+from deploy.local.analysis import caught_up
 from shared.client import Holdfast
 from shared.refusal import Refusal
-from tests.e2e.shop import caught_up, goods, new, stock, view
+from tests.e2e.shop import goods, new, stock, view
 
 LINE = rp.ReservationLine
 YEAR = datetime(2020, 1, 1, tzinfo=UTC)

@@ -17,6 +17,7 @@ from holdfast.inventory.v1 import events_pb2
 from holdfast.inventory.v1 import inventory_pb2 as ip
 from holdfast.reservation.v1 import reservation_pb2 as rp
 
+from deploy.local.analysis import caught_up
 from deploy.local.stack import Stack
 from deploy.local.supervisor import Supervisor
 from services.analytics.codec import MOVEMENTS_TOPIC
@@ -24,7 +25,7 @@ from services.analytics.workers import DLQ_TOPIC
 from shared.client import Holdfast
 from shared.consumer import dead_letters
 from shared.outbox import producer
-from tests.e2e.shop import caught_up, goods, new, view
+from tests.e2e.shop import goods, new, view
 
 INSTANTS = 200
 

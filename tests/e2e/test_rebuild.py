@@ -11,11 +11,12 @@ import asyncpg
 import pytest
 
 from deploy.local import orders
+from deploy.local.analysis import caught_up
 from deploy.local.replay import Replay
 from deploy.local.stack import REPOSITORY, Stack
 from deploy.local.supervisor import Supervisor
 from shared.client import Holdfast
-from tests.e2e.shop import caught_up, goods, new, view
+from tests.e2e.shop import goods, new, view
 
 TABLES = (
     "sku", "stock_view", "activity", "movement", "stock_out", "goods_return", "reservation", "reservation_state",

@@ -13,12 +13,12 @@ import pytest
 from holdfast.analytics.v1 import analytics_pb2 as ap
 
 from deploy.local import orders, report
-from deploy.local.analysis import EVER, mart_equals_ledger
+from deploy.local.analysis import EVER, caught_up, mart_equals_ledger
 from deploy.local.replay import Replay, look
 from deploy.local.stack import Stack
 from shared.client import Holdfast
 from tests.e2e.reports import asked_of_the_file, assert_reports
-from tests.e2e.shop import caught_up, new
+from tests.e2e.shop import new
 
 REAL = Path("../shared/data/online_retail_2010-12_to_2011-05.csv.gz")
 INVOICES, OPENING = 2_000, 300
