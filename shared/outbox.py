@@ -41,13 +41,13 @@ SCHEMA_VERSION = b"1"
 EVENT_IDS = 1 << 128
 
 INSERT = """
-INSERT INTO outbox (topic, type, keys, payloads, traceparent) VALUES ($1, $2, $3, $4, $5)
+INSERT INTO {table} (topic, type, keys, payloads, traceparent) VALUES ($1, $2, $3, $4, $5)
 """
 # The lowest ids: what has waited longest, in version order for each key.
 PEEK = """
-SELECT id, event_id, topic, type, keys, payloads, traceparent FROM outbox ORDER BY id LIMIT $1
+SELECT id, event_id, topic, type, keys, payloads, traceparent FROM {table} ORDER BY id LIMIT $1
 """
-DELETE = "DELETE FROM outbox USING unnest($1::bigint[]) AS sent (id) WHERE outbox.id = sent.id"
+DELETE = "DELETE FROM {table} AS waiting USING unnest($1::bigint[]) AS sent (id) WHERE waiting.id = sent.id"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,20 +81,24 @@ class Source:
     delete: str
 
 
-async def write(connection: Connection, events: Sequence[Event], traceparent: str = "") -> None:
+async def write(connection: Connection, events: Sequence[Event], traceparent: str = "", table: str = "outbox") -> None:
     """Insert events in the caller's transaction, which has locked what they are about."""
     for (topic, kind), part in groupby(events, key=lambda event: (event.topic, event.type)):
         group = list(part)
         keys, payloads = [event.key for event in group], [event.payload for event in group]
-        await connection.execute(INSERT, topic, kind, keys, payloads, traceparent)
+        await connection.execute(INSERT.format(table=table), topic, kind, keys, payloads, traceparent)
 
 
-async def peek(connection: Connection, groups_max: int) -> list[Group]:
-    """The oldest groups of the table `outbox`."""
-    return [Group(*row) for row in await connection.fetch(PEEK, groups_max)]
+def source(table: str) -> Source:
+    """A table as every service has it as `outbox`."""
+
+    async def peek(connection: Connection, groups_max: int) -> list[Group]:
+        return [Group(*row) for row in await connection.fetch(PEEK.format(table=table), groups_max)]
+
+    return Source(peek, DELETE.format(table=table))
 
 
-OUTBOX = Source(peek, DELETE)
+OUTBOX = source("outbox")
 
 
 class Relay:

@@ -4,11 +4,13 @@ import base64
 import binascii
 import hashlib
 import json
+from datetime import datetime
 
 from shared.refusal import Refusal
 
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 1000
+DIGITS_MAX = 9
 
 
 def size(asked: int) -> int:
@@ -36,5 +38,27 @@ def decode(token: str, filters: object, fields: int) -> list[str] | None:
         digest, position = "", []
     well = len(position) == fields and all(isinstance(part, str) and "\0" not in part for part in position)
     if digest != _digest(filters) or not well:
-        raise Refusal("PAGE_TOKEN_INVALID", "the page token is not of this list")
+        raise _invalid()
     return [str(part) for part in position]
+
+
+def time(text: str) -> datetime:
+    """A part of a position that is a time, as isoformat() writes it. Raises Refusal PAGE_TOKEN_INVALID."""
+    try:
+        found = datetime.fromisoformat(text)
+    except ValueError:
+        raise _invalid() from None
+    if found.tzinfo is None:
+        raise _invalid()
+    return found
+
+
+def number(text: str) -> int:
+    """A part of a position that is a number. Raises Refusal PAGE_TOKEN_INVALID."""
+    if not text.isascii() or not text.isdigit() or len(text) > DIGITS_MAX:
+        raise _invalid()
+    return int(text)
+
+
+def _invalid() -> Refusal:
+    return Refusal("PAGE_TOKEN_INVALID", "the page token is not of this list")

@@ -118,8 +118,10 @@ async def analytics_db(analytics_dsn: str) -> AsyncIterator[Database]:
     async with database.connection() as connection:
         await connection.execute(
             "TRUNCATE consumed, gap, lag, sku, stock_view, activity, movement, snapshot, snapshot_taken, stock_out,"
-            " goods_return, reservation, reservation_state, sale, refusal"
+            " goods_return, reservation, reservation_state, sale, refusal, desk.rule, desk.judged_partition,"
+            " desk.signal, desk.returned, desk.fraud_case, desk.case_entry, desk.outbox"
         )
+        await connection.execute("UPDATE desk.judged SET seq = 0, rules_changed = rules_changed + 1")
         await connection.execute("UPDATE aging SET aged_to = date_trunc('hour', now())")
     yield database
     await database.close()

@@ -9,17 +9,22 @@ from typing import Any
 
 import redis.asyncio as redis
 import uvloop
-from holdfast.analytics.v1 import analytics_pb2, analytics_pb2_grpc
+from holdfast.analytics.v1 import analytics_pb2, analytics_pb2_grpc, fraud_pb2, fraud_pb2_grpc
 
+from services.analytics.fraud_servicer import FraudServicer
 from services.analytics.rebuild import rebuild
 from services.analytics.servicer import ERRORS, Servicer
 from services.analytics.settings import Settings
+from services.analytics.turns import Turns
 from services.analytics.workers import Workers
 from shared import logs, server
 from shared.database import Database
 from shared.settings import load
 
-NAME = analytics_pb2.DESCRIPTOR.services_by_name["AnalyticsService"].full_name
+APIS = (
+    analytics_pb2.DESCRIPTOR.services_by_name["AnalyticsService"].full_name,
+    fraud_pb2.DESCRIPTOR.services_by_name["FraudService"].full_name,
+)
 
 
 async def run(settings: Settings, role: str) -> None:
@@ -40,11 +45,13 @@ async def run(settings: Settings, role: str) -> None:
     )
     client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
     api = role in {"api", "all"}
-    services = [NAME] if api else []
+    services = APIS if api else ()
+    turns = Turns(settings.reports_max, settings.reports_waiting_max)
 
     def register(target: Any) -> None:
         if api:
-            analytics_pb2_grpc.add_AnalyticsServiceServicer_to_server(Servicer(settings, reads), target)
+            analytics_pb2_grpc.add_AnalyticsServiceServicer_to_server(Servicer(settings, reads, turns), target)
+            fraud_pb2_grpc.add_FraudServiceServicer_to_server(FraudServicer(settings, reads, turns), target)
 
     workers = Workers(settings, writes, client).run() if role in {"worker", "all"} else None
     try:

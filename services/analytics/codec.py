@@ -1,6 +1,6 @@
 """Between events and the domain's data."""
 
-from datetime import datetime
+from datetime import UTC, datetime
 
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -17,6 +17,8 @@ from shared.wire import moment
 MOVEMENTS_TOPIC = "holdfast.inventory.movements.v1"
 CATALOG_TOPIC = "holdfast.inventory.catalog.v1"
 CHANGES_TOPIC = "holdfast.reservation.changes.v1"
+NEVER = datetime.min.replace(tzinfo=UTC)  # before any watermark
+VERDICTS_TOPIC = "holdfast.analytics.verdicts.v1"
 TOPICS = (MOVEMENTS_TOPIC, CATALOG_TOPIC, CHANGES_TOPIC)
 
 _KINDS = {number: name.removeprefix("MOVEMENT_KIND_") for name, number in inventory_pb2.MovementKind.items() if number}
@@ -76,7 +78,7 @@ def reservation(message: Message) -> Reservation:
         told.reservation_id,
         told.version,
         state,
-        told.customer_id,
+        event.subjects.customer,
         told.country,
         _business_time(told.order_time) if told.HasField("order_time") else created_at,
         created_at,
@@ -90,6 +92,8 @@ def reservation(message: Message) -> Reservation:
         ),
         tuple(Short(line.sku, line.location, line.requested, line.available) for line in told.short_lines),
         event.request_id,
+        event.subjects.device,
+        event.subjects.network,
     )
 
 

@@ -21,6 +21,10 @@ class Reason(StrEnum):
     OVERLOADED = "OVERLOADED"
     DATABASE_UNAVAILABLE = "DATABASE_UNAVAILABLE"
     STOPPING = "STOPPING"
+    RULE_NOT_FOUND = "RULE_NOT_FOUND"
+    CASE_NOT_FOUND = "CASE_NOT_FOUND"
+    CASE_CLOSED = "CASE_CLOSED"
+    REQUEST_ID_REUSED = "REQUEST_ID_REUSED"
 
 
 class Movement(NamedTuple):
@@ -156,6 +160,8 @@ class Reservation:
     parts: tuple[Part, ...]
     short_lines: tuple[Short, ...]
     request_id: str
+    device: str = ""
+    network: str = ""
 
 
 @dataclass(frozen=True, slots=True)

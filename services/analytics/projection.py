@@ -5,8 +5,7 @@ The package's docstring says why nothing is lost or doubled.
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import UTC, datetime
-from itertools import groupby
+from datetime import datetime
 from typing import TypeVar
 
 import asyncpg
@@ -23,7 +22,6 @@ from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
 Item = TypeVar("Item")
-NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 class Projection:
@@ -35,45 +33,28 @@ class Projection:
 
     async def positions(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
         """The next offset of each partition."""
-        found: dict[TopicPartition, int] = {}
         async with self._database.connection() as connection:
-            for topic, some in groupby(sorted(places), key=lambda partition: partition.topic):
-                offsets = await store.positions(connection, topic, [one.partition for one in some])
-                found |= {TopicPartition(topic, partition): offset for partition, offset in offsets.items()}
-        return found
+            return await store.positions(connection, places)
 
     async def apply(self, batch: Batch, bury: Bury) -> None:
         """Apply a batch of one partition.
 
         Raises Busy while the database is away, Elsewhere when the partition is not where the batch begins.
         """
-        try:
-            await self._apply(batch, bury)
-        except (asyncpg.DataError, OverflowError) as error:
-            # Something in it that the database cannot keep: one by one, to find which.
-            start = batch.start
-            if len(batch.messages) == 1:
-                await bury(batch.messages[0], Poison(f"not to be kept: {type(error).__name__}"))
-                place = Place(batch.partition.topic, batch.partition.partition, start, batch.end, NEVER)
-                await self._run(place)
-                return
-            for message in batch.messages:
-                one = Batch(batch.partition, start, [message])
-                await self.apply(one, bury)
-                start = one.end
+        await one_by_one(batch, bury, self._apply, self._run)
 
     async def _apply(self, batch: Batch, bury: Bury) -> None:
         topic = batch.partition.topic
         told = [time for message in batch.messages if (time := watermark.of(message))]
-        place = Place(topic, batch.partition.partition, batch.start, batch.end, max(told, default=NEVER))
+        place = Place(topic, batch.partition.partition, batch.start, batch.end, max(told, default=codec.NEVER))
         try:
             match topic:
                 case codec.MOVEMENTS_TOPIC:
-                    await self._movements(place, await _parse(batch.messages, codec.movement, bury))
+                    await self._movements(place, await parse(batch.messages, codec.movement, bury))
                 case codec.CATALOG_TOPIC:
-                    await self._skus(place, await _parse(batch.messages, codec.sku, bury))
+                    await self._skus(place, await parse(batch.messages, codec.sku, bury))
                 case _:
-                    await self._reservations(place, await _parse(batch.messages, codec.reservation, bury))
+                    await self._reservations(place, await parse(batch.messages, codec.reservation, bury))
         except Refusal as refusal:
             raise Busy(refusal.message) from refusal
 
@@ -158,8 +139,29 @@ async def _write_reservations(connection: Connection, reservations: Sequence[Res
         await store.write_reservations(connection, new, known, sales)
 
 
-async def _parse(messages: Sequence[Message], parse: Callable[[Message], Item], bury: Bury) -> list[Item]:
-    """What the messages say; those that will never do are buried first."""
+async def one_by_one(
+    batch: Batch,
+    bury: Bury,
+    apply: Callable[[Batch, Bury], Awaitable[None]],
+    skip: Callable[[Place], Awaitable[None]],
+) -> None:
+    """Apply a batch; where the database cannot keep something in it, each of its messages alone, to find which."""
+    try:
+        await apply(batch, bury)
+    except (asyncpg.DataError, OverflowError) as error:
+        start = batch.start
+        if len(batch.messages) == 1:
+            await bury(batch.messages[0], Poison(f"not to be kept: {type(error).__name__}"))
+            await skip(Place(batch.partition.topic, batch.partition.partition, start, batch.end, codec.NEVER))
+            return
+        for message in batch.messages:
+            one = Batch(batch.partition, start, [message])
+            await one_by_one(one, bury, apply, skip)
+            start = one.end
+
+
+async def parse(messages: Sequence[Message], parse: Callable[[Message], Item], bury: Bury) -> list[Item]:
+    """What the messages say, without watermarks; those that will never do are buried first."""
     items: list[Item] = []
     for message in messages:
         if watermark.of(message):

@@ -16,6 +16,7 @@ from google.protobuf.message import Message
 from holdfast.analytics.v1 import analytics_pb2 as pb
 
 from services.analytics.domain import Reason
+from shared import check
 from shared.database import Connection, Record
 from shared.refusal import Refusal
 from shared.wire import duration, timestamp
@@ -44,6 +45,17 @@ class Range:
     start: datetime
     end: datetime
     time_zone: str
+
+
+def time_range(value: pb.TimeRange, now: datetime) -> Range:
+    """The range that is asked for. Raises Refusal FIELD_INVALID."""
+    if not value.HasField("start_time"):
+        raise check.invalid("range.start_time", "must be set")
+    start = check.time(value.start_time, "range.start_time")
+    end = check.time(value.end_time, "range.end_time") if value.HasField("end_time") else now
+    if end <= start:
+        raise check.invalid("range.end_time", "must be after start_time")
+    return Range(start, end, check.text(value.time_zone, "range.time_zone", 64) or "UTC")
 
 
 @dataclass(slots=True)

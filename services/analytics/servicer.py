@@ -1,10 +1,8 @@
 """The edge: decode and check, one read, encode. Errors, drains and pod names are the server's."""
 
-import asyncio
 import csv
 import io
 from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
 from datetime import UTC, datetime
 from typing import Any, TypeVar
 
@@ -16,8 +14,9 @@ from holdfast.analytics.v1 import analytics_pb2_grpc
 from services.analytics import history, reports
 from services.analytics.domain import Reason
 from services.analytics.history import Freshness
-from services.analytics.reports import Range, Report
+from services.analytics.reports import Report, time_range
 from services.analytics.settings import Settings
+from services.analytics.turns import Turns
 from shared import check, pages
 from shared.database import Database
 from shared.errors import ErrorMap
@@ -44,6 +43,10 @@ ERRORS = ErrorMap(
         Reason.OVERLOADED: _CODES.RESOURCE_EXHAUSTED,
         Reason.DATABASE_UNAVAILABLE: _CODES.UNAVAILABLE,
         Reason.STOPPING: _CODES.UNAVAILABLE,
+        Reason.RULE_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.CASE_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.CASE_CLOSED: _CODES.FAILED_PRECONDITION,
+        Reason.REQUEST_ID_REUSED: _CODES.FAILED_PRECONDITION,
     },
 )
 Answer = TypeVar("Answer", bound=Message)
@@ -51,13 +54,12 @@ Build = Callable[[Any, datetime], Report]  # of a request, and of what "now" mea
 
 
 class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
-    """The analytics API over a database; so many reads at once, and so many waiting for their turn."""
+    """The analytics API over a database."""
 
-    def __init__(self, settings: Settings, database: Database) -> None:
+    def __init__(self, settings: Settings, database: Database, turns: Turns) -> None:
         self._settings = settings
         self._database = database
-        self._turns = asyncio.Semaphore(settings.reports_max)
-        self._waiting = 0
+        self._turns = turns
 
     # -- views and history ------------------------------------------------------------------------
 
@@ -76,7 +78,7 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
         check.count(len(request.skus), "skus", SKUS_MAX)
         skus = [check.code(sku, f"skus[{number}]") for number, sku in enumerate(request.skus)]
         await history.await_time(self._database, time, self._patience(context))
-        async with self._turn(), self._database.connection() as connection:
+        async with self._turns.turn(), self._database.connection() as connection:
             fresh = await history.freshness(connection)
             rows = await history.stock_at(connection, skus, time)
         return pb.GetStockAtResponse(stocks=[pb.StockAt(**row) for row in rows], freshness=_freshness(fresh))
@@ -85,9 +87,9 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
         check.code(request.sku, "sku")
         check.code(request.location, "location")
         if request.bucket:
-            page = await self._rows(request, lambda _, now: reports.buckets(request, _range(request.range, now)))
+            page = await self._rows(request, lambda _, now: reports.buckets(request, time_range(request.range, now)))
             return pb.GetStockHistoryResponse(buckets=page[0], next_page_token=page[1], freshness=page[2])
-        page = await self._rows(request, lambda _, now: reports.movements(request, _range(request.range, now)))
+        page = await self._rows(request, lambda _, now: reports.movements(request, time_range(request.range, now)))
         return pb.GetStockHistoryResponse(movements=page[0], next_page_token=page[1], freshness=page[2])
 
     async def GetFreshness(self, request: pb.GetFreshnessRequest, context: Context) -> pb.GetFreshnessResponse:
@@ -130,7 +132,7 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
     async def _audit(self, request: pb.AuditReservationRequest) -> tuple[list[pb.AuditEntry], pb.Freshness]:
         """Every state and movement of a reservation, in order of time, and how fresh they are at least."""
         name = check.code(request.reservation_id, "reservation_id")
-        async with self._turn(), self._database.connection() as connection:
+        async with self._turns.turn(), self._database.connection() as connection:
             fresh = await history.freshness(connection)
             states = await history.states(connection, name)
             movements = await history.movements_of(connection, name)
@@ -172,7 +174,7 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
             yield _piece(report.row, rows, header=False)
 
     async def _export(self, report: Report, after: list[str] | None) -> tuple[list[Any], list[str] | None]:
-        async with self._turn(), self._database.connection() as connection:
+        async with self._turns.turn(), self._database.connection() as connection:
             return await report.page(connection, after, EXPORT_ROWS)
 
     # -- all of them ------------------------------------------------------------------------------
@@ -196,58 +198,20 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
         report = build(request, now)
         after = pages.decode(request.page_token, bound, len(report.keys) + 1)
         if after:
-            now = _instant(after.pop())
+            now = pages.time(after.pop())
             report = build(request, now)
         size = pages.size(request.page_size)
-        async with self._turn(), self._database.connection() as connection:
+        async with self._turns.turn(), self._database.connection() as connection:
             fresh = await history.freshness(connection)
             rows, position = await report.page(connection, after, size)
         token = pages.encode([*position, now.isoformat()], bound) if position else ""
         return rows, token, _freshness(fresh)
-
-    @asynccontextmanager
-    async def _turn(self) -> AsyncIterator[None]:
-        """Wait for a turn. Raises Refusal OVERLOADED when too many wait."""
-        limit = self._settings.reports_waiting_max
-        if self._turns.locked() and self._waiting >= limit:
-            raise Refusal(
-                Reason.OVERLOADED, f"more than {limit} reports wait; come back later", queue="reports", limit=limit
-            )
-        self._waiting += 1
-        try:
-            await self._turns.acquire()
-        finally:
-            self._waiting -= 1
-        try:
-            yield
-        finally:
-            self._turns.release()
 
     def _patience(self, context: Context) -> float:
         """How long a call may wait for events: its caller's time, less what the answer takes."""
         left = context.time_remaining()
         most = self._settings.wait_seconds_max
         return most if left is None else max(0.0, min(most, left - MARGIN_SECONDS))
-
-
-def _range(value: pb.TimeRange, now: datetime) -> Range:
-    if not value.HasField("start_time"):
-        raise check.invalid("range.start_time", "must be set")
-    start = check.time(value.start_time, "range.start_time")
-    end = check.time(value.end_time, "range.end_time") if value.HasField("end_time") else now
-    if end <= start:
-        raise check.invalid("range.end_time", "must be after start_time")
-    return Range(start, end, check.text(value.time_zone, "range.time_zone", 64) or "UTC")
-
-
-def _instant(text: str) -> datetime:
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        instant = None
-    if instant is None or instant.tzinfo is None:
-        raise Refusal(Reason.PAGE_TOKEN_INVALID, "the page token is not of this list")
-    return instant
 
 
 def _filter(value: pb.SalesFilter) -> None:
@@ -275,12 +239,12 @@ def _sales(request: pb.ReportSalesRequest, now: datetime) -> Report:
         raise check.invalid("dimensions", "must be known, and none twice")
     if request.period not in reports.PERIODS | {pb.PERIOD_UNSPECIFIED: None} or request.period == pb.PERIOD_HOUR:
         raise check.invalid("period", "must be a day, a week, a month or unset")
-    return reports.sales(request, _range(request.range, now))
+    return reports.sales(request, time_range(request.range, now))
 
 
 def _top_skus(request: pb.ReportTopSkusRequest, now: datetime) -> Report:
     _filter(request.filter)
-    return reports.top_skus(request, _range(request.range, now))
+    return reports.top_skus(request, time_range(request.range, now))
 
 
 def _stock_outs(request: pb.ReportStockOutsRequest, now: datetime) -> Report:
@@ -289,19 +253,19 @@ def _stock_outs(request: pb.ReportStockOutsRequest, now: datetime) -> Report:
     if request.join_within.seconds < 0 or not 0 <= request.join_within.nanos < 10**9:
         raise check.invalid("join_within", "must not be negative")
     check.quantity(request.join_within.seconds, "join_within.seconds", least=0, most=10**8)
-    return reports.stock_outs(request, _range(request.range, now))
+    return reports.stock_outs(request, time_range(request.range, now))
 
 
 def _funnel(request: pb.ReportFunnelRequest, now: datetime) -> Report:
     check.text(request.country, "country", 64)
     if request.period not in reports.PERIODS | {pb.PERIOD_UNSPECIFIED: None}:
         raise check.invalid("period", "must be a known period")
-    return reports.funnel(request, _range(request.range, now))
+    return reports.funnel(request, time_range(request.range, now))
 
 
 def _cover(request: pb.ReportCoverRequest, now: datetime) -> Report:
     check.text(request.category, "category", 200)
-    asked = _range(request.range, now)
+    asked = time_range(request.range, now)
     if (asked.end - asked.start).days > COVER_DAYS_MAX:
         raise check.invalid("range", f"must be at most {COVER_DAYS_MAX} days")
     return reports.cover(request, asked)
@@ -309,13 +273,13 @@ def _cover(request: pb.ReportCoverRequest, now: datetime) -> Report:
 
 def _customers(request: pb.ReportCustomersRequest, now: datetime) -> Report:
     check.text(request.country, "country", 64)
-    return reports.customers(request, _range(request.range, now))
+    return reports.customers(request, time_range(request.range, now))
 
 
 def _returns(request: pb.ReportReturnsRequest, now: datetime) -> Report:
     check.text(request.category, "category", 200)
     check.quantity(request.sold_min, "sold_min", least=0)
-    return reports.returns(request, _range(request.range, now))
+    return reports.returns(request, time_range(request.range, now))
 
 
 EXPORTS: dict[str, Build] = {

@@ -20,3 +20,10 @@ class Settings(settings.Settings):
     retention_months: int = Field(default=25, ge=2, description="Movements older than this are dropped.")
     heal_poll_seconds: float = Field(default=5, gt=0, description="Between looks for what gaps are missing.")
     aging_poll_seconds: float = Field(default=30, gt=0, description="Between agings of the sums of the mart.")
+
+    fraud_review_score: int = Field(default=50, ge=1, description="From it on a subject's score opens a case.")
+    fraud_block_score: int = Field(default=100, ge=1, description="From it on a subject is blocked.")
+    fraud_block_seconds: float = Field(default=900, gt=0, le=7 * 86_400, description="How long a block by rules is.")
+    fraud_history_signals: int = Field(
+        default=200_000, ge=1, description="Signals that a judge begins with: its windows and histories."
+    )

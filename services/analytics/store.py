@@ -8,26 +8,30 @@ import math
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import UTC, datetime, timedelta
+from itertools import groupby
 from typing import Any, NamedTuple
+
+from aiokafka import TopicPartition
 
 from services.analytics.domain import Applied, Key, Known, KnownReservation, Movement, Reservation, Sale
 from shared.database import Connection, columns
 
 LAG_BASE = 1.1
-MONTHLY = ("movement", "goods_return", "refusal", "reservation", "reservation_state", "sale")  # cut by month
+# Cut by month.
+MONTHLY = ("movement", "goods_return", "refusal", "reservation", "reservation_state", "sale", "desk.signal")
 WINDOWS = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
 
-# -- where a partition has got to
+# -- where a partition has got to: for the projection in `consumed`, for antifraud in a table like it
 
 ENSURE_PARTITIONS = """
-INSERT INTO consumed (topic, partition) SELECT $1, n FROM unnest($2::int[]) AS n ON CONFLICT DO NOTHING
+INSERT INTO {table} (topic, partition) SELECT $1, n FROM unnest($2::int[]) AS n ON CONFLICT DO NOTHING
 """
 POSITIONS = """
-SELECT partition, next_offset FROM consumed WHERE topic = $1 AND partition = ANY ($2::int[])
+SELECT partition, next_offset FROM {table} WHERE topic = $1 AND partition = ANY ($2::int[])
 """
 # Moves on from where the batch began, or from nowhere at all: then someone else has worked it.
 ADVANCE = """
-UPDATE consumed SET next_offset = $4, complete_until = greatest(complete_until, $5)
+UPDATE {table} SET next_offset = $4, complete_until = greatest(complete_until, $5)
 WHERE topic = $1 AND partition = $2 AND next_offset = $3
 """
 LOCK_PARTITION = "SELECT next_offset FROM consumed WHERE topic = $1 AND partition = $2 FOR UPDATE"
@@ -242,15 +246,22 @@ class Place(NamedTuple):
     complete_until: datetime
 
 
-async def positions(connection: Connection, topic: str, partitions: Sequence[int]) -> dict[int, int]:
+async def positions(
+    connection: Connection, places: Iterable[TopicPartition], table: str = "consumed"
+) -> dict[TopicPartition, int]:
     """The next offset of each partition; partitions that were not known are from now on."""
-    await connection.execute(ENSURE_PARTITIONS, topic, partitions)
-    return {row["partition"]: row["next_offset"] for row in await connection.fetch(POSITIONS, topic, partitions)}
+    found: dict[TopicPartition, int] = {}
+    for topic, some in groupby(sorted(places), key=lambda partition: partition.topic):
+        numbers = [one.partition for one in some]
+        await connection.execute(ENSURE_PARTITIONS.format(table=table), topic, numbers)
+        rows = await connection.fetch(POSITIONS.format(table=table), topic, numbers)
+        found |= {TopicPartition(topic, row["partition"]): row["next_offset"] for row in rows}
+    return found
 
 
-async def advance(connection: Connection, place: Place) -> bool:
+async def advance(connection: Connection, place: Place, table: str = "consumed") -> bool:
     """Move a partition's offset over a batch, and lock it; False when it was not where the batch begins."""
-    status = await connection.execute(ADVANCE, *place)
+    status = await connection.execute(ADVANCE.format(table=table), *place)
     return status == "UPDATE 1"
 
 
@@ -399,8 +410,8 @@ async def write_reservations(
     rows = [
         (
             name, one.order_time, one.customer_id, one.country, one.state, one.version, one.created_at,
-            one.updated_at, known[name].confirmed_at, *map(_array, columns(known[name].sold, 2)),
-            _array(known[name].sold.values()),
+            one.updated_at, known[name].confirmed_at, *map(array, columns(known[name].sold, 2)),
+            array(known[name].sold.values()),
         )
         for name, one in sorted(latest.items())
     ]  # fmt: skip
@@ -417,7 +428,7 @@ async def write_reservations(
         await connection.execute(INSERT_REFUSALS, *columns(refusals, 6))
 
 
-def _array(values: Iterable[object]) -> str:
+def array(values: Iterable[object]) -> str:
     """The text of an array of codes or numbers; quoted, because NULL is a code as well."""
     return "{" + ",".join(f'"{value}"' for value in values) + "}"
 

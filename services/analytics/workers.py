@@ -1,4 +1,4 @@
-"""What analytics does without being asked: follow, heal, age, take snapshots, drop what is too old.
+"""What analytics does without being asked: follow, judge, heal, age, take snapshots, drop what is too old.
 
 Every pod follows: Kafka shares the partitions among them. The rest runs on one pod at a time, by a lock in
 Redis that saves work and decides nothing.
@@ -15,16 +15,19 @@ import redis.asyncio as redis
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from services.analytics import codec, history, store
+from services.analytics import cases, codec, fraud, history, store
 from services.analytics.domain import Key, Movement
+from services.analytics.fraud import Engine
 from services.analytics.projection import Projection, write_movements
 from services.analytics.settings import Settings
-from shared import partitions, watermark, workers
+from shared import outbox, partitions, watermark, workers
 from shared.consumer import Consumer, Poison
 from shared.database import Connection, Database
 
 log = structlog.get_logger(__name__)
 GROUP = "holdfast.analytics"
+FRAUD_GROUP = "holdfast.analytics.fraud"
+JUDGE_MESSAGES_MAX = 2_000
 DLQ_TOPIC = "holdfast.analytics.dlq"
 MONTHS_SECONDS = 3600
 MONTHS_AHEAD = 3
@@ -43,6 +46,17 @@ class Workers:
         self._database = database
         self._redis = client
         self._unhealed: dict[int, tuple[float, float]] = {}
+        self._engine = Engine(database, settings)
+        self._judging = Consumer(
+            settings.kafka_bootstrap,
+            (codec.CHANGES_TOPIC,),
+            FRAUD_GROUP,
+            DLQ_TOPIC,
+            self._engine.apply,
+            dlq_messages_max=settings.dlq_messages_max,
+            batch_messages_max=JUDGE_MESSAGES_MAX,
+            positions=self._engine.positions,
+        )
 
     async def run(self) -> None:
         """Run every worker; a fault in one is logged and it starts again, the others go on."""
@@ -52,6 +66,14 @@ class Workers:
             "aging": lambda: workers.forever(self._age, settings.aging_poll_seconds),
             "reconciler": lambda: workers.forever(self._reconcile, settings.reconcile_poll_seconds),
             "months": lambda: workers.forever(self._months, MONTHS_SECONDS),
+            "judge": self._judge,
+            "verdicts": lambda: workers.relay(
+                self._database,
+                settings.kafka_bootstrap,
+                settings.pod,
+                settings.relay_poll_seconds,
+                outbox.source(cases.OUTBOX),
+            ),
         }
         async with asyncio.TaskGroup() as group:
             group.create_task(workers.restarting("projection", self._follower().run))
@@ -73,6 +95,13 @@ class Workers:
             linger_seconds=self._settings.follow_linger_seconds,
             positions=projection.positions,
         )
+
+    async def _judge(self) -> None:
+        await fraud.seed(self._database)
+        try:
+            await self._judging.run()
+        finally:
+            await self._engine.close()
 
     async def _heal(self) -> None:
         async with self._database.connection() as connection:

@@ -95,7 +95,7 @@ async def test_the_relay_reads_and_deletes_by_index(inventory_db: Database) -> N
     await assert_by_index(inventory_db, outbox.PEEK, "10")
     await assert_by_index(inventory_db, inventory.UNSENT_MOVEMENTS, "10")
     await assert_by_index(inventory_db, inventory.DELETE_SENT_MOVEMENTS, "array[1]")
-    await assert_by_index(inventory_db, outbox.DELETE, "array[1]")
+    await assert_by_index(inventory_db, outbox.OUTBOX.delete, "array[1]")
 
 
 async def assert_by_index(database: Database, statement: str, arguments: str) -> None:

@@ -1,0 +1,707 @@
+"""How reservations are judged: features over sliding windows, rules, scores and cases. Pure, and the same for live
+events and for backtests.
+
+A `Judge` sees signals one by one, in one order, and keeps what its rules need of them:
+
+    signal --> windows and histories --> features --> rules that fire --> score of a subject --> Finding --> Case
+
+What it knows follows from the signals it has seen, in their order, and from nothing else: it knows no clock. Two
+judges of the same rules that saw the same signals say the same. Windows go by the signals' own times, which need not
+be in order: what comes late, by up to the length of a window, is counted where it belongs.
+
+Everything is bounded: windows have PARTS parts, histories HISTORY_MAX quantities, and of subjects and reservations
+those not seen for longest are forgotten.
+"""
+
+import math
+from bisect import bisect_left, insort
+from collections import OrderedDict, deque
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+from hashlib import blake2b
+from typing import NamedTuple, TypeVar
+
+ORDER = "order:"  # before the id of a reservation without customer, which stands for itself
+PARTS = 60
+WINDOWS_MAX = 1_000_000
+RESERVATIONS_MAX = 500_000
+DISTINCT_MAX = 1_000
+HISTORY_MAX = 255
+HISTORY_MIN = 30
+USUAL_MAX = 4_095
+CASE_RESERVATIONS_MAX = 100
+MAD_TO_SIGMA = 1.4826
+SCALE_MIN = math.log(2)  # a quantity twice as large is never more than one sigma away
+
+
+class Feature(StrEnum):
+    """What a rule looks at; fraud.proto says what each means."""
+
+    HOLDS = "HOLDS"
+    REFUSALS_IN_ROW = "REFUSALS_IN_ROW"
+    UNITS_OPEN = "UNITS_OPEN"
+    LOST_SHARE = "LOST_SHARE"
+    QUANTITY_Z = "QUANTITY_Z"
+    FIRST_ORDER_Z = "FIRST_ORDER_Z"
+    SAME_BASKET = "SAME_BASKET"
+    UNDONE = "UNDONE"
+    CUSTOMERS_ON_SKU = "CUSTOMERS_ON_SKU"
+    UNITS_OF_SKU = "UNITS_OF_SKU"
+
+
+class Kind(StrEnum):
+    """What a subject is."""
+
+    CUSTOMER = "CUSTOMER"
+    DEVICE = "DEVICE"
+    NETWORK = "NETWORK"
+    SKU = "SKU"
+
+
+class Comparison(StrEnum):
+    """How a feature is compared with its threshold."""
+
+    AT_LEAST = "AT_LEAST"
+    AT_MOST = "AT_MOST"
+
+
+class Effect(StrEnum):
+    """What follows when a rule fires."""
+
+    SCORE = "SCORE"
+    LIMIT = "LIMIT"
+
+
+class Decision(StrEnum):
+    """What a score amounts to, above ALLOW."""
+
+    REVIEW = "REVIEW"
+    BLOCK = "BLOCK"
+
+
+Key = TypeVar("Key")
+Value = TypeVar("Value")
+PEOPLE = frozenset({Kind.CUSTOMER, Kind.DEVICE, Kind.NETWORK})
+ALL = frozenset(Kind)
+# Whose feature each can be.
+KINDS = {
+    Feature.HOLDS: ALL,
+    Feature.REFUSALS_IN_ROW: PEOPLE,
+    Feature.UNITS_OPEN: PEOPLE,
+    Feature.LOST_SHARE: ALL,
+    Feature.QUANTITY_Z: PEOPLE,
+    Feature.FIRST_ORDER_Z: frozenset({Kind.CUSTOMER}),
+    Feature.SAME_BASKET: PEOPLE,
+    Feature.UNDONE: PEOPLE,
+    Feature.CUSTOMERS_ON_SKU: frozenset({Kind.DEVICE, Kind.NETWORK}),
+    Feature.UNITS_OF_SKU: ALL,
+}
+LIMITS = frozenset({Feature.HOLDS, Feature.UNITS_OF_SKU})
+# Features of an order and not of what a subject has done by now: they fire with the order alone.
+OF_ORDER = frozenset({Feature.QUANTITY_Z, Feature.FIRST_ORDER_Z, Feature.SAME_BASKET})
+
+
+@dataclass(frozen=True, slots=True)
+class Rule:
+    """A version of a rule."""
+
+    rule_id: str
+    version: int
+    feature: Feature
+    by: Kind
+    window_seconds: float
+    comparison: Comparison
+    threshold: float
+    samples_min: int
+    score: int
+    effect: Effect
+    reason: str
+    shadow: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Policy:
+    """From which scores on a subject is reviewed or blocked, and for how long it then is."""
+
+    review_score: int
+    block_score: int
+    block_seconds: float
+
+
+class Signal(NamedTuple):
+    """What a change of a reservation means to the rules. Times are seconds since 1970, in business time.
+
+    `skus`, `asked` and `held` go together, and stand in a reservation's first signal alone, as do its currency and
+    value. `open` is what is still held of it; `sold`, `cancelled` and `expired` are all that ever was. A signal of
+    goods that came back has `returned` and nothing else of these.
+    """
+
+    at: float
+    order_at: float
+    reservation_id: str
+    version: int
+    customer: str
+    device: str
+    network: str
+    skus: tuple[str, ...] = ()
+    asked: tuple[int, ...] = ()
+    held: tuple[int, ...] = ()
+    open: int = 0
+    sold: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    returned: int = 0
+    currency_code: str = ""
+    value_micros: int = 0
+
+
+class Fired(NamedTuple):
+    """A rule that fired, with its numbers."""
+
+    rule_id: str
+    version: int
+    value: float
+    threshold: float
+    score: int
+    reason: str
+    sku: str
+    reservation_id: str
+
+
+class Finding(NamedTuple):
+    """A subject whose score amounts to a decision, at a signal. `shadow`: by rules in the shadow alone."""
+
+    subject: str
+    kind: Kind
+    decision: Decision
+    score: int
+    fired: tuple[Fired, ...]
+    at: float
+    reservation_id: str
+    units: int
+    shadow: bool
+
+
+class Usage(NamedTuple):
+    """How much of a limit a subject has used: (when it leaves the window, how much), oldest first."""
+
+    rule_id: str
+    subject: str
+    sku: str
+    parts: tuple[tuple[float, int], ...]
+    as_of: float
+
+
+class Counts:
+    """Amounts over a sliding window of PARTS parts: at a time count the part that holds it and those before."""
+
+    __slots__ = ("_amounts", "_parts", "_width")
+
+    def __init__(self, window_seconds: float) -> None:
+        self._width = window_seconds / PARTS
+        self._parts: list[int] = []
+        self._amounts: list[int] = []
+
+    def add(self, at: float, amount: int) -> None:
+        """What is earlier than two windows before `at` is forgotten."""
+        parts, amounts = self._parts, self._amounts
+        part = int(at // self._width)
+        if parts and parts[-1] == part:
+            amounts[-1] += amount
+            return
+        place = bisect_left(parts, part)
+        if place < len(parts) and parts[place] == part:
+            amounts[place] += amount
+            return
+        parts.insert(place, part)
+        amounts.insert(place, amount)
+        gone = bisect_left(parts, part - 2 * PARTS + 1)
+        gone = max(gone, len(parts) - 4 * PARTS)
+        if gone > 0:
+            del parts[:gone], amounts[:gone]
+
+    def total(self, at: float) -> int:
+        """The sum of what the window that ends at `at` holds."""
+        parts, part = self._parts, int(at // self._width)
+        if parts[-1:] == [part] and parts[0] > part - PARTS:
+            return sum(self._amounts)
+        return sum(self._amounts[bisect_left(parts, part - PARTS + 1) : bisect_left(parts, part + 1)])
+
+    def within(self, at: float) -> tuple[tuple[float, int], ...]:
+        """What the window that ends at `at` holds: when each part leaves it, and its amount."""
+        part = int(at // self._width)
+        return tuple(
+            ((one + PARTS) * self._width, amount)
+            for one, amount in zip(self._parts, self._amounts, strict=True)
+            if part - PARTS < one <= part and amount
+        )
+
+
+class Distinct:
+    """Different names over a sliding window, at most DISTINCT_MAX."""
+
+    __slots__ = ("_last", "_width")
+
+    def __init__(self, window_seconds: float) -> None:
+        self._width = window_seconds / PARTS
+        self._last: OrderedDict[str, int] = OrderedDict()
+
+    def add(self, at: float, name: str) -> None:
+        self._last[name] = max(int(at // self._width), self._last.get(name, 0))
+        self._last.move_to_end(name)
+        if len(self._last) > DISTINCT_MAX:
+            self._last.popitem(last=False)
+
+    def total(self, at: float) -> int:
+        part = int(at // self._width)
+        return sum(part - PARTS < last <= part for last in self._last.values())
+
+
+class History:
+    """The last `most` values, and how far another is above what is usual for them."""
+
+    __slots__ = ("_most", "_order", "_scale", "_scale_age", "_sorted")
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._order: deque[float] = deque()
+        self._sorted: list[float] = []
+        self._scale = 0.0
+        self._scale_age = 0
+
+    def __len__(self) -> int:
+        return len(self._sorted)
+
+    def add(self, value: float) -> None:
+        self._order.append(value)
+        insort(self._sorted, value)
+        if len(self._order) > self._most:
+            del self._sorted[bisect_left(self._sorted, self._order.popleft())]
+        self._scale_age += 1
+
+    def z(self, value: float) -> float:
+        """The robust z-score: the distance from the median in units of the scaled MAD (at least SCALE_MIN).
+
+        The MAD is reckoned anew when a sixteenth of the values is new.
+        """
+        values = self._sorted
+        if not values:
+            return 0.0
+        median = values[len(values) // 2]
+        above = value - median
+        if above <= SCALE_MIN:
+            return above / SCALE_MIN
+        if not self._scale or self._scale_age > len(values) // 16:
+            deviations = sorted(abs(one - median) for one in values)
+            self._scale = max(MAD_TO_SIGMA * deviations[len(deviations) // 2], SCALE_MIN)
+            self._scale_age = 0
+        return above / self._scale
+
+
+@dataclass(slots=True)
+class _Known:
+    """What is kept of a reservation."""
+
+    version: int
+    order_at: float
+    subjects: tuple[tuple[Kind, str], ...]
+    skus: tuple[str, ...]
+    open: int
+    sold: int = 0
+    cancelled: int = 0
+    expired: int = 0
+    sold_at: float = 0.0
+    ended: bool = False
+    undone: bool = False
+
+    @property
+    def named(self) -> tuple[tuple[Kind, str], ...]:
+        """The subjects that have a past: not a reservation that stands for itself."""
+        return self.subjects[1:] if self.subjects[0][1].startswith(ORDER) else self.subjects
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class _Window:
+    """What a window is kept of; rules that share it share its counts. Compared by identity: it is part of keys."""
+
+    feature: Feature
+    by: Kind
+    seconds: float
+
+
+class Judge:
+    """Sees signals in order and says what its rules find.
+
+    SHADOW versions stand in for the deciding version of their rule, in a second reckoning beside the first.
+    """
+
+    def __init__(self, rules: Iterable[Rule], policy: Policy) -> None:
+        rules = list(rules)
+        self._policy = policy
+        scoring = [rule for rule in rules if rule.effect is Effect.SCORE]
+        self._shadowed = {rule.rule_id for rule in scoring if rule.shadow}
+        self.limits = [rule for rule in rules if rule.effect is Effect.LIMIT and not rule.shadow]
+        wanted = {_place(rule): _Window(*_place(rule)) for rule in scoring + self.limits}
+        self._windows = {kind: [one for one in wanted.values() if one.by is kind] for kind in Kind}
+        self._rules = {kind: [(rule, wanted[_place(rule)]) for rule in scoring if rule.by is kind] for kind in Kind}
+        self._limits = [(rule, wanted[_place(rule)]) for rule in self.limits]
+        self._counts: OrderedDict[tuple[object, ...], Counts] = OrderedDict()
+        self._distinct: OrderedDict[tuple[object, ...], Distinct] = OrderedDict()
+        self._histories: OrderedDict[str, History] = OrderedDict()
+        self._usual_quantity = History(USUAL_MAX)
+        self._usual_order = History(USUAL_MAX)
+        self._customers: OrderedDict[str, None] = OrderedDict()
+        self._known: OrderedDict[str, _Known] = OrderedDict()
+
+    def version(self, reservation_id: str) -> int:
+        """The last version of a reservation that was seen; 0 when none is remembered."""
+        known = self._known.get(reservation_id)
+        return known.version if known else 0
+
+    def see(self, signal: Signal) -> tuple[list[Finding], list[Usage]]:
+        """Take a signal into account; what is found of its subjects, and what they have used of limits."""
+        if signal.returned:
+            return self._returned(signal), []
+        known = self._known.get(signal.reservation_id)
+        if known is None:
+            return self._asked(signal) if signal.skus else ([], [])
+        return self._changed(signal, known), []
+
+    # -- what signals are ---------------------------------------------------------------------------------------------
+
+    def _asked(self, signal: Signal) -> tuple[list[Finding], list[Usage]]:
+        at = signal.order_at
+        held = sum(signal.held)
+        people = _people(signal)
+        known = _Known(signal.version, at, people, signal.skus, 0)
+        _keep(self._known, signal.reservation_id, known, RESERVATIONS_MAX)
+        quantity = self._quantity(signal)
+        first = self._first_order(signal)
+        basket = _basket(signal)
+        for kind, subject in known.named:
+            for window in self._windows[kind]:
+                self._count_order(window, subject, signal, held, basket)
+        for sku, units in zip(signal.skus, signal.held, strict=True) if held else ():
+            for window in self._windows[Kind.SKU]:
+                if window.feature is Feature.HOLDS:
+                    self._count(window, sku).add(at, 1)
+                elif window.feature is Feature.UNITS_OF_SKU:
+                    self._count(window, sku, sku).add(at, units)
+        self._book(signal, known)
+        order = {Feature.QUANTITY_Z: quantity, Feature.FIRST_ORDER_Z: (first, "")}
+        units = sum(signal.asked)
+        findings = self._findings(known, signal, at, units, order, basket)
+        return findings, self._usages(known, signal) if held else []
+
+    def _count_order(  # noqa: C901 - a case for each feature
+        self, window: _Window, subject: str, signal: Signal, held: int, basket: str
+    ) -> None:
+        at = signal.order_at
+        match window.feature:
+            case Feature.SAME_BASKET:
+                self._count(window, subject, basket).add(at, 1)
+            case Feature.REFUSALS_IN_ROW if not held:
+                self._count(window, subject).add(at, 1)
+            case Feature.REFUSALS_IN_ROW:
+                self._counts.pop((window, subject), None)
+            case _ if not held:
+                pass
+            case Feature.HOLDS:
+                self._count(window, subject).add(at, 1)
+            case Feature.UNITS_OPEN:
+                self._count(window, subject).add(at, held)
+            case Feature.UNITS_OF_SKU:
+                for sku, units in zip(signal.skus, signal.held, strict=True):
+                    self._count(window, subject, sku).add(at, units)
+            case Feature.CUSTOMERS_ON_SKU if signal.customer:
+                for sku in signal.skus:
+                    self._names(window, subject, sku).add(at, signal.customer)
+
+    def _changed(self, signal: Signal, known: _Known) -> list[Finding]:
+        if signal.version <= known.version:
+            return []
+        known.version = signal.version
+        lost, undone = self._book(signal, known)
+        return self._findings(known, signal, signal.at, known.open, {}, "") if lost or undone else []
+
+    def _returned(self, signal: Signal) -> list[Finding]:
+        known = self._known.get(signal.reservation_id)
+        if known is None or not self._undo(known, signal.at):
+            return []
+        return self._findings(known, signal, signal.at, signal.returned, {}, "")
+
+    def _book(self, signal: Signal, known: _Known) -> tuple[bool, bool]:
+        """Take over a reservation's quantities; whether it is lost now, and whether something sold was undone."""
+        gone = known.open - signal.open
+        if known.open and gone:
+            for kind, subject in known.named:
+                for window in self._windows[kind]:
+                    if window.feature is Feature.UNITS_OPEN:
+                        self._count(window, subject).add(known.order_at, -gone)
+        undone = known.sold > 0 and signal.cancelled > known.cancelled and self._undo(known, signal.at)
+        if signal.sold and not known.sold:
+            known.sold_at = signal.at
+        ended = not signal.open and not known.ended and (signal.sold + signal.cancelled + signal.expired) > 0
+        known.open, known.sold = signal.open, signal.sold
+        known.cancelled, known.expired = signal.cancelled, signal.expired
+        lost = ended and not signal.sold
+        if ended:
+            known.ended = True
+            skus = tuple((Kind.SKU, sku) for sku in known.skus)
+            for kind, subject in known.named + skus:
+                for window in self._windows[kind]:
+                    if window.feature is Feature.LOST_SHARE:
+                        self._count(window, subject, "ended").add(known.order_at, 1)
+                        self._count(window, subject, "lost").add(known.order_at, int(lost))
+        return lost, undone
+
+    def _undo(self, known: _Known, at: float) -> bool:
+        if known.undone or not known.sold_at:
+            return False
+        known.undone = True
+        for kind, subject in known.named:
+            for window in self._windows[kind]:
+                if window.feature is Feature.UNDONE and at - known.sold_at <= window.seconds:
+                    self._count(window, subject).add(at, 1)
+        return True
+
+    def _quantity(self, signal: Signal) -> tuple[float, str]:
+        """The highest z-score of a SKU's quantity, and the SKU; the quantities become part of their histories."""
+        highest, of = 0.0, ""
+        for sku, units in zip(signal.skus, signal.asked, strict=True):
+            value = math.log(units)
+            history = self._histories.get(sku)
+            if history is None:
+                history = _keep(self._histories, sku, History(HISTORY_MAX), WINDOWS_MAX)
+            usual = history if len(history) >= HISTORY_MIN else self._usual_quantity
+            z = usual.z(value) if len(usual) >= HISTORY_MIN else 0.0
+            if z > highest:
+                highest, of = z, sku
+            history.add(value)
+            self._usual_quantity.add(value)
+        return highest, of
+
+    def _first_order(self, signal: Signal) -> float:
+        value = math.log(sum(signal.asked))
+        z = 0.0
+        if signal.customer and signal.customer not in self._customers:
+            _keep(self._customers, signal.customer, None, WINDOWS_MAX)
+            if len(self._usual_order) >= HISTORY_MIN:
+                z = max(0.0, self._usual_order.z(value))
+        self._usual_order.add(value)
+        return z
+
+    # -- what rules say -----------------------------------------------------------------------------------------------
+
+    def _findings(
+        self,
+        known: _Known,
+        signal: Signal,
+        at: float,
+        units: int,
+        order: dict[Feature, tuple[float, str]],
+        basket: str,
+    ) -> list[Finding]:
+        found = []
+        for kind, subject in (*known.subjects, *((Kind.SKU, sku) for sku in known.skus)):
+            fired: list[tuple[Rule, Fired]] = []
+            for rule, window in self._rules[kind]:
+                value, sku = self._value(rule, window, subject, known.skus, at, order, basket)
+                if value is not None and _fires(rule, value):
+                    fired.append((rule, _fired(rule, value, sku, signal.reservation_id)))
+            if fired:
+                found += self._decide(kind, subject, fired, at, signal.reservation_id, units)
+        return found
+
+    def _value(
+        self,
+        rule: Rule,
+        window: _Window,
+        subject: str,
+        skus: Sequence[str],
+        at: float,
+        order: dict[Feature, tuple[float, str]],
+        basket: str,
+    ) -> tuple[float | None, str]:
+        """A feature's value and the SKU that it is about; None where it says nothing."""
+        feature = rule.feature
+        if feature in OF_ORDER:
+            if not order:
+                return None, ""
+            return order[feature] if feature in order else (self._total(window, subject, at, basket), "")
+        if feature is Feature.LOST_SHARE:
+            ended = self._total(window, subject, at, "ended")
+            if ended < max(rule.samples_min, 1):
+                return None, ""
+            return self._total(window, subject, at, "lost") / ended, ""
+        if feature is Feature.CUSTOMERS_ON_SKU:
+            return _highest((self._different(window, subject, at, sku), sku) for sku in skus)
+        if feature is Feature.UNITS_OF_SKU:
+            of = skus if rule.by is not Kind.SKU else (subject,)
+            return _highest((self._total(window, subject, at, sku), sku) for sku in of)
+        return self._total(window, subject, at), ""
+
+    def _decide(
+        self,
+        kind: Kind,
+        subject: str,
+        fired: Sequence[tuple[Rule, Fired]],
+        at: float,
+        reservation_id: str,
+        units: int,
+    ) -> list[Finding]:
+        deciding = tuple(one for rule, one in fired if not rule.shadow)
+        decision = self._decision(kind, subject, sum(one.score for one in deciding))
+        found = []
+        if decision:
+            score = sum(one.score for one in deciding)
+            found.append(Finding(subject, kind, decision, score, deciding, at, reservation_id, units, shadow=False))
+        if self._shadowed:
+            candidate = tuple(one for rule, one in fired if rule.shadow or rule.rule_id not in self._shadowed)
+            score = sum(one.score for one in candidate)
+            other = self._decision(kind, subject, score)
+            if other and other is not decision and decision is not Decision.BLOCK:
+                found.append(Finding(subject, kind, other, score, candidate, at, reservation_id, units, shadow=True))
+        return found
+
+    def _decision(self, kind: Kind, subject: str, score: int) -> Decision | None:
+        if score >= self._policy.block_score and can_be_blocked(kind, subject):
+            return Decision.BLOCK
+        return Decision.REVIEW if score >= self._policy.review_score else None
+
+    def _usages(self, known: _Known, signal: Signal) -> list[Usage]:
+        """What the subjects have used of limits, where it is half of one or more."""
+        at, found = signal.order_at, []
+        for rule, window in self._limits:
+            for kind, subject in known.named:
+                if kind is not rule.by:
+                    continue
+                for sku in signal.skus if rule.feature is Feature.UNITS_OF_SKU else ("",):
+                    counts = self._counts.get((window, subject, sku) if sku else (window, subject))
+                    if counts and 2 * counts.total(at) >= rule.threshold:
+                        found.append(Usage(rule.rule_id, subject, sku, counts.within(at), at))
+        return found
+
+    # -- windows ------------------------------------------------------------------------------------------------------
+
+    def _count(self, window: _Window, *key: str) -> Counts:
+        place = (window, *key)
+        counts = self._counts.get(place)
+        if counts is None:
+            return _keep(self._counts, place, Counts(window.seconds), WINDOWS_MAX)
+        self._counts.move_to_end(place)
+        return counts
+
+    def _names(self, window: _Window, *key: str) -> Distinct:
+        place = (window, *key)
+        names = self._distinct.get(place)
+        if names is None:
+            return _keep(self._distinct, place, Distinct(window.seconds), WINDOWS_MAX)
+        self._distinct.move_to_end(place)
+        return names
+
+    def _total(self, window: _Window, subject: str, at: float, *extra: str) -> int:
+        counts = self._counts.get((window, subject, *extra))
+        return counts.total(at) if counts else 0
+
+    def _different(self, window: _Window, subject: str, at: float, sku: str) -> int:
+        names = self._distinct.get((window, subject, sku))
+        return names.total(at) if names else 0
+
+
+# -- cases ------------------------------------------------------------------------------------------------------------
+
+
+@dataclass(slots=True)
+class Case:
+    """A subject under review; `rules` has the highest value of each that fired."""
+
+    case_id: str
+    subject: str
+    kind: Kind
+    shadow: bool
+    decision: Decision
+    score: int
+    opened_at: float
+    updated_at: float
+    rules: dict[tuple[str, int], Fired] = field(default_factory=dict)
+    reservation_ids: list[str] = field(default_factory=list)
+    reservations: int = 0
+    units: int = 0
+    blocked_until: float | None = None
+
+
+def grow(case: Case | None, finding: Finding, policy: Policy) -> tuple[Case, bool]:
+    """The open case of a subject, or a new one, with what was found; and whether the subject is to be blocked now."""
+    if case is None:
+        name = blake2b(
+            repr((finding.subject, finding.at, finding.reservation_id, finding.shadow)).encode(), digest_size=10
+        )
+        case = Case(
+            f"case-{name.hexdigest()}", finding.subject, finding.kind, finding.shadow, finding.decision, finding.score,
+            finding.at, finding.at,
+        )  # fmt: skip
+    if finding.decision is Decision.BLOCK:
+        case.decision = Decision.BLOCK
+    case.score = max(case.score, finding.score)
+    case.updated_at = max(case.updated_at, finding.at)
+    for fired in finding.fired:
+        known = case.rules.get((fired.rule_id, fired.version))
+        if known is None or fired.value > known.value:
+            case.rules[fired.rule_id, fired.version] = fired
+    if not case.reservation_ids or finding.reservation_id != case.reservation_ids[-1]:
+        case.reservations += 1
+        case.units += finding.units
+        if len(case.reservation_ids) < CASE_RESERVATIONS_MAX:
+            case.reservation_ids.append(finding.reservation_id)
+    blocks = finding.decision is Decision.BLOCK and not finding.shadow and finding.at >= (case.blocked_until or 0)
+    if blocks:
+        case.blocked_until = finding.at + policy.block_seconds
+    return case, blocks
+
+
+def can_be_blocked(kind: Kind, subject: str) -> bool:
+    """Neither a SKU can, nor a reservation that stands for its unknown customer."""
+    return kind is not Kind.SKU and not subject.startswith(ORDER)
+
+
+def _place(rule: Rule) -> tuple[Feature, Kind, float]:
+    return rule.feature, rule.by, rule.window_seconds
+
+
+def _people(signal: Signal) -> tuple[tuple[Kind, str], ...]:
+    """The subjects of a reservation; without a customer it stands for itself."""
+    named = (
+        (Kind.CUSTOMER, signal.customer or f"{ORDER}{signal.reservation_id}"),
+        (Kind.DEVICE, signal.device),
+        (Kind.NETWORK, signal.network),
+    )
+    return tuple((kind, subject) for kind, subject in named if subject)
+
+
+def _basket(signal: Signal) -> str:
+    content = repr(sorted(zip(signal.skus, signal.asked, strict=True)))
+    return blake2b(content.encode(), digest_size=8).hexdigest()
+
+
+def _fires(rule: Rule, value: float) -> bool:
+    return value >= rule.threshold if rule.comparison is Comparison.AT_LEAST else value <= rule.threshold
+
+
+def _fired(rule: Rule, value: float, sku: str, reservation_id: str) -> Fired:
+    return Fired(
+        rule.rule_id, rule.version, round(float(value), 4), rule.threshold, rule.score, rule.reason, sku, reservation_id
+    )
+
+
+def _highest(values: Iterable[tuple[float, str]]) -> tuple[float, str]:
+    return max(values, key=lambda one: one[0], default=(0.0, ""))
+
+
+def _keep(kept: OrderedDict[Key, Value], key: Key, value: Value, most: int) -> Value:
+    """Remember a value, and forget the one that was not used for longest when there are more than `most`."""
+    kept[key] = value
+    if len(kept) > most:
+        kept.popitem(last=False)
+    return value
