@@ -49,6 +49,8 @@ class Order:
     customer_id: str = ""
     country: str = ""
     time: datetime | None = None
+    device_id: str = ""
+    ip_address: str = ""
     takes: dict[tuple[str, int], int] = field(default_factory=dict)
     returns: dict[str, int] = field(default_factory=dict)
     corrections: list[tuple[str, int]] = field(default_factory=list)
@@ -192,11 +194,17 @@ def write_rejects(book: Book, path: Path) -> None:
 
 ADJECTIVES = ("Small", "Large", "Red", "Blue", "White", "Vintage", "Glass", "Wooden", "Striped", "Enamel")
 COUNTRIES = ("United Kingdom", "Germany", "France", "Norway")
+GREEDY, GREEDY_UNITS = "12998", 20_000
+HASTY, RUSH_ORDERS = "12999", 28
 NOUNS = ("Lantern", "Mug", "Teapot", "Basket", "Candle", "Clock", "Cushion", "Frame", "Jug", "Tray")
 
 
 def invent(orders: int = 3_000, skus: int = 400, seed: int = 1) -> Book:
-    """A believable season: demand falls with rank (Zipf), a few goods are everybody's; some come back."""
+    """A believable season: demand falls with rank (Zipf), a few goods are everybody's; some come back.
+
+    Two customers are up to no good: one begins with an order out of all proportion, another takes the most wanted
+    goods one by one, as fast as a program does.
+    """
     dice = random.Random(seed)  # noqa: S311 - made up, not secret
     codes = [str(20_000 + 7 * number) for number in range(skus)]
     cumulative = list(itertools.accumulate(1 / (rank + 1) ** 1.05 for rank in range(skus)))
@@ -211,12 +219,22 @@ def invent(orders: int = 3_000, skus: int = 400, seed: int = 1) -> Book:
         return codes[bisect.bisect(cumulative, dice.random() * cumulative[-1])]
 
     start = datetime(2025, 1, 1, 8, tzinfo=UTC)
+    rush = range(orders * 2 // 3, orders * 2 // 3 + min(RUSH_ORDERS, orders // 20))
     for number in range(orders):
         time = start + number * timedelta(days=180) / orders
         country = dice.choices(COUNTRIES, weights=(20, 3, 2, 1))[0]
         order = Order(f"{100_000 + number}", f"{12_000 + dice.randrange(900)}", country, time)
         kind = dice.random()
-        if kind < 0.03 and number:
+        if number == orders // 2:
+            order.customer_id = GREEDY
+            order.takes[codes[0], book.catalogue[codes[0]].price_micros] = GREEDY_UNITS
+        elif number in rush:
+            order.customer_id = HASTY
+            order.time = (
+                start + rush.start * timedelta(days=180) / orders + (number - rush.start) * timedelta(seconds=1)
+            )
+            order.takes[codes[1], book.catalogue[codes[1]].price_micros] = 1
+        elif kind < 0.03 and number:
             order.invoice = f"C{order.invoice}"
             order.returns[pick()] = dice.randint(1, 2)
         elif kind < 0.035:
@@ -225,6 +243,8 @@ def invent(orders: int = 3_000, skus: int = 400, seed: int = 1) -> Book:
             for _ in range(min(int(dice.expovariate(1 / 3)) + 1, 20)):
                 code = pick()
                 order.takes[code, book.catalogue[code].price_micros] = min(int(dice.expovariate(1 / 2)) + 1, 24)
+        order.device_id = f"device-{order.customer_id}"
+        order.ip_address = f"203.0.{int(order.customer_id) % 256}.{int(order.customer_id) // 256}"
         order.lines = len(order.takes) + len(order.returns) + len(order.corrections)
         book.orders.append(order)
     return book

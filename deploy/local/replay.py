@@ -75,6 +75,7 @@ class Replay:
         self._book = book
         self._run_id = run_id
         self._opening_stock = opening_stock
+        self._bought: dict[tuple[str, str], str] = {}
         self.tally = Tally()
 
     async def load(self) -> None:
@@ -134,8 +135,9 @@ class Replay:
             ]
             began = time.perf_counter()
             answer = await self._holdfast.reserve(
-                name, lines, customer_id=order.customer_id, order_time=order.time, country=order.country
-            )
+                name, lines, customer_id=order.customer_id, order_time=order.time, country=order.country,
+                device_id=order.device_id, ip_address=order.ip_address,
+            )  # fmt: skip
             self._called(began)
             if answer.outcome == reservation_pb2.RESERVE_OUTCOME_HELD:
                 tally.held += 1
@@ -143,10 +145,15 @@ class Replay:
                 await self._holdfast.confirm(name, f"{name}-confirm")
                 self._called(began)
                 tally.confirmed += 1
+                self._bought.update({(order.customer_id, code): name for code, _ in order.takes})
             else:
                 tally.refused += 1
         for code, units in order.returns.items():
-            await self._adjust(order, f"{name}-r-{code}", code, inventory_pb2.ADJUSTMENT_REASON_RETURN, units)
+            # What comes back names the customer's last order of it, where there was one.
+            bought = self._bought.get((order.customer_id, code), "")
+            await self._adjust(
+                order, f"{name}-r-{code}", code, inventory_pb2.ADJUSTMENT_REASON_RETURN, units, reference=bought
+            )
             tally.returned_units += units
             tally.received[code] += units
         for number, (code, units) in enumerate(order.corrections):
@@ -171,9 +178,12 @@ class Replay:
         units: int,
         *,
         relative: bool = False,
+        reference: str = "",
     ) -> None:
         self.tally.calls += 1
-        await self._holdfast.adjust(request_id, code, LOCATION, reason, units, relative=relative, occur_time=order.time)
+        await self._holdfast.adjust(
+            request_id, code, LOCATION, reason, units, relative=relative, occur_time=order.time, reference=reference
+        )
 
     def _called(self, began: float) -> None:
         self.tally.calls += 1

@@ -12,7 +12,7 @@ import asyncpg
 import structlog
 from aiokafka import TopicPartition
 
-from services.analytics import codec, domain, store
+from services.analytics import cases, codec, domain, store
 from services.analytics.domain import KnownReservation, Movement, Reservation
 from services.analytics.store import Place
 from shared import partitions, watermark
@@ -25,10 +25,11 @@ Item = TypeVar("Item")
 
 
 class Projection:
-    """Applies events to a database."""
+    """Applies events to a database. What is new is also told to the desk, where it is `live`."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, *, live: bool = True) -> None:
         self._database = database
+        self._live = live
         self._made: set[tuple[str, datetime]] = set()
 
     async def positions(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
@@ -82,7 +83,7 @@ class Projection:
         )
         await self._run(
             place,
-            lambda connection: write_movements(connection, place.partition, movements),
+            lambda connection: write_movements(connection, place.partition, movements, live=self._live),
             [movement.recorded_at for movement in movements],
         )
 
@@ -108,7 +109,9 @@ class Projection:
             self._made.add((table, month))
 
 
-async def write_movements(connection: Connection, partition: int, movements: Sequence[Movement]) -> None:
+async def write_movements(
+    connection: Connection, partition: int, movements: Sequence[Movement], *, live: bool = True
+) -> None:
     """Write the movements that are their keys' next, in the transaction that has locked the partition."""
     if not movements:
         return
@@ -117,6 +120,13 @@ async def write_movements(connection: Connection, partition: int, movements: Seq
     for (sku, location), version in applied.gaps.items():
         log.warning("key stops at a gap", sku=sku, location=location, missing_version=version)
     await store.write_movements(connection, partition, applied, known)
+    returned = [
+        (m.reference, m.sku, m.location, m.version, m.occurred_at, m.on_hand_delta)
+        for m, _ in applied.rows
+        if m.kind == "RETURN" and m.reference
+    ]
+    if live and returned:
+        await cases.queue_returned(connection, returned)
 
 
 async def _write_reservations(connection: Connection, reservations: Sequence[Reservation]) -> None:
