@@ -76,7 +76,7 @@ def reservation(message: Message) -> Reservation:
         told.reservation_id,
         told.version,
         state,
-        told.customer_id,
+        event.subjects.customer,
         told.country,
         _business_time(told.order_time) if told.HasField("order_time") else created_at,
         created_at,

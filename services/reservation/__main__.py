@@ -11,6 +11,7 @@ from services.reservation.commands import Commands
 from services.reservation.inventory import Inventory
 from services.reservation.servicer import ERRORS, Servicer
 from services.reservation.settings import Settings
+from services.reservation.subjects import Subjects, parse_keys
 from services.reservation.workers import Workers
 from shared import logs, server
 from shared.channel import open_channel
@@ -30,13 +31,14 @@ async def run(settings: Settings, role: str) -> None:
     )
     client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
     channel = open_channel(settings.inventory_target)
-    commands = Commands(database, Inventory(channel))
+    subjects = Subjects(parse_keys(settings.subject_keys.get_secret_value()))
+    commands = Commands(database, Inventory(channel), subjects)
     api = role in {"api", "all"}
     services = [NAME] if api else []
 
     def register(target: Any) -> None:
         if api:
-            servicer = Servicer(settings, database, commands)
+            servicer = Servicer(settings, database, commands, subjects)
             reservation_pb2_grpc.add_ReservationServiceServicer_to_server(servicer, target)
 
     workers = Workers(settings, database, commands, client).run() if role in {"worker", "all"} else None

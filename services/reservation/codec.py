@@ -1,5 +1,6 @@
 """Between the domain's data and the wire's: requests checked, answers and events made."""
 
+from collections.abc import Mapping
 from datetime import timedelta
 
 from holdfast.reservation.v1 import error_reason_pb2, events_pb2
@@ -18,6 +19,7 @@ from services.reservation.domain import (
     Reservation,
     State,
 )
+from services.reservation.subjects import Identity, Kind, network
 from shared import check
 from shared.errors import ErrorMap
 from shared.refusal import Refusal
@@ -27,6 +29,7 @@ CHANGES_TOPIC = "holdfast.reservation.changes.v1"
 CHANGED_TYPE = events_pb2.ReservationChanged.DESCRIPTOR.full_name
 LINES_MAX = 2_000
 VALUE_MICROS_MAX = 10**18
+SUBJECTS_MAX = 1_000
 
 _MODES = {
     pb.RESERVE_MODE_UNSPECIFIED: Mode.ALL,
@@ -37,6 +40,9 @@ _MODES = {
 _MODE_NAMES = {mode: pb.ReserveMode.Value(f"RESERVE_MODE_{mode}") for mode in Mode}
 _STATE_NAMES = {state: pb.ReservationState.Value(f"RESERVATION_STATE_{state}") for state in State}
 _STATES = {value: state for state, value in _STATE_NAMES.items()}
+_KIND_NAMES = {kind: pb.IdentityKind.Value(f"IDENTITY_KIND_{kind}") for kind in Kind}
+_KINDS = {value: kind for kind, value in _KIND_NAMES.items()}
+_EVENT_FIELDS = {kind: kind.lower() for kind in Kind}
 _REASONS = {reason.value: error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}") for reason in Reason}
 
 
@@ -64,7 +70,24 @@ def ask(request: pb.ReserveRequest, field: str = "") -> Ask:
         fingerprint(request),
         check.business_time(request, "order_time", f"{at}order_time"),
         check.text(request.country, f"{at}country", 64),
+        check.code(request.device_id, f"{at}device_id", optional=True),
+        _address(request.ip_address, f"{at}ip_address"),
     )
+
+
+def _address(value: str, field: str) -> str:
+    if value:
+        _network(value, field)
+        if "/" in value:
+            raise check.invalid(field, "must be an address and no network")
+    return value
+
+
+def _network(value: str, field: str) -> str:
+    try:
+        return network(value)
+    except ValueError:
+        raise check.invalid(field, "must be an IPv4 or IPv6 address") from None
 
 
 def _line(line: pb.ReservationLine, mode: Mode, at: str) -> Line:
@@ -163,6 +186,8 @@ def reservation(value: Reservation) -> pb.Reservation:
         version=value.version,
         order_time=timestamp(value.order_time),
         country=value.country,
+        device_id=value.device_id,
+        ip_address=value.ip_address,
     )
 
 
@@ -183,6 +208,8 @@ def made(ask: Ask, held: Held) -> pb.Reservation:
             held.placed_at,
             ask.order_time or held.placed_at,
             ask.country,
+            device_id=ask.device_id,
+            ip_address=ask.ip_address,
         )
     )
 
@@ -205,5 +232,33 @@ def item_error(refusal: Refusal, errors: ErrorMap) -> pb.ItemError:
     )
 
 
-def changed_payload(value: pb.Reservation, request_id: str = "") -> bytes:
-    return events_pb2.ReservationChanged(reservation=value, request_id=request_id).SerializeToString()
+def changed_payload(value: pb.Reservation, subjects: Mapping[Kind, str], request_id: str = "") -> bytes:
+    """The event of a reservation as it now is: `subjects` in place of whom it is for."""
+    event = events_pb2.ReservationChanged(reservation=value, request_id=request_id)
+    told = event.reservation
+    told.customer_id = told.device_id = told.ip_address = ""
+    for kind, subject in subjects.items():
+        setattr(event.subjects, _EVENT_FIELDS[kind], subject)
+    return event.SerializeToString()
+
+
+def resolve(request: pb.ResolveSubjectsRequest) -> tuple[list[str], list[Identity]]:
+    """The hashes and the identities that are asked for, checked."""
+    check.count(len(request.subjects) + len(request.identities), "subjects", SUBJECTS_MAX)
+    return (
+        [check.code(subject, f"subjects[{number}]") for number, subject in enumerate(request.subjects)],
+        [_identity(one, f"identities[{number}]") for number, one in enumerate(request.identities)],
+    )
+
+
+def _identity(value: pb.Subject, at: str) -> Identity:
+    kind = _KINDS.get(value.kind)
+    if kind is None:
+        raise check.invalid(f"{at}.kind", "must be a known kind")
+    if kind is Kind.NETWORK:
+        return Identity(kind, _network(value.value, f"{at}.value"))
+    return Identity(kind, check.code(value.value, f"{at}.value"))
+
+
+def subject(value: str, identity: Identity) -> pb.Subject:
+    return pb.Subject(subject=value, kind=_KIND_NAMES[identity.kind], value=identity.value)
