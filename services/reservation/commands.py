@@ -6,7 +6,7 @@ The package's docstring says why the order of the steps is right.
 from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import asyncpg
 import structlog
@@ -23,6 +23,7 @@ from services.reservation.domain import (
     State,
     reused,
 )
+from services.reservation.guard import Guard
 from services.reservation.inventory import Inventory
 from services.reservation.subjects import Identity, Lately, Subjects
 from shared.database import ATTEMPTS_MAX, RETRIED, Connection, Database, unavailable
@@ -39,12 +40,18 @@ SUBJECTS_WRITTEN_MAX = 100_000
 
 
 class Commands:
-    """The writes, on one database, over one inventory; events carry the hashes that `subjects` makes."""
+    """The writes, on one database, over one inventory; events carry the hashes that `subjects` makes.
 
-    def __init__(self, database: Database, inventory: Inventory, subjects: Subjects) -> None:
+    Without a guard nothing is enforced.
+    """
+
+    def __init__(
+        self, database: Database, inventory: Inventory, subjects: Subjects, guard: Guard | None = None
+    ) -> None:
         self._database = database
         self._inventory = inventory
         self._subjects = subjects
+        self._guard = guard
         self._written = Lately(SUBJECTS_WRITTEN_MAX)
 
     # -- reserve ----------------------------------------------------------------------------------
@@ -53,12 +60,7 @@ class Commands:
         """Decide a batch. Raises Refusal INVENTORY_UNAVAILABLE or DATABASE_UNAVAILABLE for all of it."""
         first = {ask.reservation_id: ask for ask in reversed(asks)}
         unique = list({ask.reservation_id: first[ask.reservation_id] for ask in asks}.values())
-        answers = await self._inventory.place(unique)
-        decided = [(ask, held) for ask, held in zip(unique, answers, strict=True) if not isinstance(held, Refusal)]
-        refused = {
-            ask.reservation_id: held for ask, held in zip(unique, answers, strict=True) if isinstance(held, Refusal)
-        }
-        made = await self._insert(decided)
+        decided, refused, made = await self._decide(unique)
         known: dict[str, Reservation] = {}
         doubtful = [ask.reservation_id for ask in unique if ask.reservation_id not in made]
         if doubtful:
@@ -81,6 +83,31 @@ class Commands:
                 outcomes.append((message, name in known or name in told))
             told.add(name)
         return outcomes
+
+    async def _decide(
+        self, asks: Sequence[Ask]
+    ) -> tuple[list[tuple[Ask, Held]], dict[str, Refusal], dict[str, tuple[bytes, Message]]]:
+        """What inventory decided, what it or the guard refused, and what is new and inserted.
+
+        Who is refused by the guard may still be known: a retry gets its first outcome.
+        """
+        refused = self._guard.judge(asks, datetime.now(UTC)) if self._guard else {}
+        held: dict[str, Held] = {}
+        try:
+            admitted = [ask for ask in asks if ask.reservation_id not in refused]
+            answers = await self._inventory.place(admitted) if admitted else []
+            decided = []
+            for ask, answer in zip(admitted, answers, strict=True):
+                if isinstance(answer, Refusal):
+                    refused[ask.reservation_id] = answer
+                else:
+                    decided.append((ask, answer))
+            made = await self._insert(decided)
+            held = {ask.reservation_id: answer for ask, answer in decided if ask.reservation_id in made}
+        finally:
+            if self._guard:
+                self._guard.settle(held)
+        return decided, refused, made
 
     async def _insert(self, decided: Sequence[tuple[Ask, Held]]) -> dict[str, tuple[bytes, Message]]:
         """Insert reservations that are new, with their events; return each one's fingerprint and message."""
@@ -107,7 +134,7 @@ class Commands:
         return {
             one.hashes[0]: one.identity
             for ask in asks
-            for one in self._subjects.named(ask.customer_id, ask.device_id, ask.ip_address)
+            for one in self._subjects.named(ask.customer_id, ask.device_id, ask.ip_address).values()
             if one.hashes[0] not in self._written
         }
 

@@ -1,5 +1,7 @@
 """What a reservation pod reads from its environment, beside what every pod does."""
 
+from typing import Literal
+
 from pydantic import Field, SecretStr, field_validator
 
 from services.reservation import subjects
@@ -17,6 +19,16 @@ class Settings(settings.Settings):
         default=5, ge=0, description="Age at which a change that was not booked is driven on."
     )
     stream_items_max: int = Field(default=256, ge=1, description="Reserves in flight on one stream.")
+
+    enforcement: Literal["off", "open", "closed"] = Field(
+        default="open", description="What Reserve refuses: nothing; what it knows of; and all while that is stale."
+    )
+    enforcement_stale_seconds: float = Field(
+        default=30, gt=0, description="Since the last heartbeat of who judges; then what is known is stale."
+    )
+    enforcement_start_seconds: float = Field(
+        default=3, ge=0, description="Wait of a pod that starts for having read all verdicts; then it serves anyway."
+    )
 
     @field_validator("subject_keys")
     @classmethod

@@ -107,9 +107,9 @@ class Subjects:
         """The hash under each key, the first key's first."""
         return tuple(self._hash(identity, key_id) for key_id in self._keys)
 
-    def _named(self, customer_id: str, device_id: str, ip_address: str) -> tuple[Named, ...]:
+    def _named(self, customer_id: str, device_id: str, ip_address: str) -> Mapping[Kind, Named]:
         """What was said, with its hashes under every key."""
-        return tuple(Named(one, self.hashes(one)) for one in identities(customer_id, device_id, ip_address))
+        return {one.kind: Named(one, self.hashes(one)) for one in identities(customer_id, device_id, ip_address)}
 
     def _of(self, customer_id: str, device_id: str, ip_address: str, key_id: str) -> Mapping[Kind, str]:
         return {one.kind: self._hash(one, key_id) for one in identities(customer_id, device_id, ip_address)}

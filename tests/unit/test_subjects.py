@@ -41,7 +41,7 @@ def test_a_hash_is_an_hmac_of_kind_and_value() -> None:
     subjects = Subjects({"k2": NEW, "k1": OLD})
     expected = hmac.new(NEW, b"CUSTOMER\0ann", hashlib.sha256).hexdigest()[:32]
     assert subjects.of("ann", "", "", "") == {Kind.CUSTOMER: f"customer:k2:{expected}"}
-    (named,) = subjects.named("", "ann", "")
+    named = subjects.named("", "ann", "")[Kind.DEVICE]
     assert named.identity == Identity(Kind.DEVICE, "ann")
     assert [one.rpartition(":")[0] for one in named.hashes] == ["device:k2", "device:k1"]
     assert len({expected, *(one.rpartition(":")[2] for one in named.hashes)}) == 3
