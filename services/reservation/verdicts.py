@@ -17,15 +17,16 @@ from shared.consumer import Message, Poison
 
 log = structlog.get_logger(__name__)
 POLL_MS = 1000
+RECORDS_MAX = 500  # read at a stretch: callers wait meanwhile
 
 
 class Follower:
-    """Reads all verdicts into `guard`. To be run again, on the same Follower, when it raises."""
+    """Reads all verdicts of `topic` into `guard`. To be run again, on the same Follower, when it raises."""
 
-    def __init__(self, bootstrap: str, guard: Guard) -> None:
+    def __init__(self, bootstrap: str, guard: Guard, topic: str = codec.VERDICTS_TOPIC) -> None:
         self._bootstrap = bootstrap
         self._guard = guard
-        self._partition = TopicPartition(codec.VERDICTS_TOPIC, 0)
+        self._partition = TopicPartition(topic, 0)
         self._next: int | None = None
         self._complete = asyncio.Event()
 
@@ -51,7 +52,7 @@ class Follower:
             while True:
                 if not self._complete.is_set() and await consumer.position(self._partition) >= end:
                     self._complete.set()
-                for messages in (await consumer.getmany(timeout_ms=POLL_MS)).values():
+                for messages in (await consumer.getmany(timeout_ms=POLL_MS, max_records=RECORDS_MAX)).values():
                     for message in messages:
                         self._take(message)
                         self._next = message.offset + 1
