@@ -64,6 +64,8 @@ class Holdfast:
         customer_id: str = "",
         order_time: datetime | None = None,
         country: str = "",
+        device_id: str = "",
+        ip_address: str = "",
     ) -> reservation_pb2.ReserveResponse:
         """Hold stock. Being sold out is the outcome REJECTED, not an error."""
         asked = [
@@ -74,7 +76,8 @@ class Holdfast:
         ]
         request = reservation_pb2.ReserveRequest(
             reservation_id=reservation_id, customer_id=customer_id, lines=asked, mode=mode, ttl=_duration(ttl),
-            order_time=timestamp(order_time) if order_time else None, country=country,
+            order_time=timestamp(order_time) if order_time else None, country=country, device_id=device_id,
+            ip_address=ip_address,
         )  # fmt: skip
         return await self._call(self.reservation.Reserve(request))
 
@@ -112,6 +115,26 @@ class Holdfast:
         """Read a reservation."""
         request = reservation_pb2.GetReservationRequest(reservation_id=reservation_id)
         return (await self._call(self.reservation.GetReservation(request))).reservation
+
+    async def resolve(
+        self,
+        subjects: Iterable[str] = (),
+        *,
+        customers: Iterable[str] = (),
+        devices: Iterable[str] = (),
+        networks: Iterable[str] = (),
+    ) -> list[reservation_pb2.Subject]:
+        """Who stands behind keyed hashes, or which hashes stand for customers, devices and networks (or addresses)."""
+        kinds = (
+            (reservation_pb2.IDENTITY_KIND_CUSTOMER, customers),
+            (reservation_pb2.IDENTITY_KIND_DEVICE, devices),
+            (reservation_pb2.IDENTITY_KIND_NETWORK, networks),
+        )
+        request = reservation_pb2.ResolveSubjectsRequest(
+            subjects=subjects,
+            identities=[reservation_pb2.Subject(kind=kind, value=value) for kind, values in kinds for value in values],
+        )
+        return list((await self._call(self.reservation.ResolveSubjects(request))).subjects)
 
     async def adjust(
         self,

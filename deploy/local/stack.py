@@ -72,12 +72,27 @@ class _Died(StackError):
 
 
 class Topic(NamedTuple):
-    """A Kafka topic, kept for a week as is Kafka's default, or for ever: whole, or the last value of each key."""
+    """A Kafka topic, kept for a week as is Kafka's default, for `days`, or for ever: whole, or compacted.
+
+    One that is compacted keeps the last value of each key; for `days`, if these are given.
+    """
 
     name: str
     partitions: int = 4
     compacted: bool = False
     forever: bool = False
+    days: int = 0
+
+    @property
+    def configuration(self) -> dict[str, str]:
+        """What the broker is told. What is compacted and dropped is so within the hour: readers begin at its start."""
+        if self.compacted and self.days:
+            hour = {"segment.ms": "3600000", "min.cleanable.dirty.ratio": "0.1"}
+            return {"cleanup.policy": "compact,delete", "retention.ms": str(self.days * 86_400_000)} | hour
+        if self.compacted:
+            return {"cleanup.policy": "compact"}
+        kept = -1 if self.forever else self.days * 86_400_000
+        return {"cleanup.policy": "delete"} | ({"retention.ms": str(kept)} if kept else {})
 
 
 def free_port() -> int:
@@ -302,8 +317,7 @@ class Stack:
                             name=topic.name,
                             num_partitions=topic.partitions,
                             replication_factor=1,
-                            topic_configs={"cleanup.policy": "compact" if topic.compacted else "delete"}
-                            | ({"retention.ms": "-1"} if topic.forever else {}),
+                            topic_configs=topic.configuration,
                         )
                         for topic in topics
                     ]

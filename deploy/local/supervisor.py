@@ -4,8 +4,10 @@ with Stack().start() as stack, Supervisor(stack).start() as supervisor:
     grpc.insecure_channel(supervisor.targets["reservation"])
 """
 
+import base64
 import json
 import os
+import secrets
 import subprocess
 import sys
 import threading
@@ -47,6 +49,8 @@ TOPICS = (
     Topic("holdfast.inventory.commands.v1"),
     Topic("holdfast.inventory.commands.v1.dlq"),
     Topic("holdfast.analytics.dlq"),
+    Topic("holdfast.analytics.verdicts.v1", partitions=1, compacted=True, days=8),
+    Topic("holdfast.reservation.dlq"),
 )
 SERVING_SECONDS_MAX = 60
 DRAIN_SECONDS_MAX = 15
@@ -265,12 +269,27 @@ class Supervisor:
 
     def environment(self, service: Service) -> dict[str, str]:
         """The environment every program of a service gets: this process's own, and where the stack is."""
-        return os.environ | {
-            "HOLDFAST_DATABASE_DSN": self._stack.postgres_dsn(service.database),
-            "HOLDFAST_REDIS_URL": self._stack.redis_url,
-            "HOLDFAST_KAFKA_BOOTSTRAP": self._stack.kafka_bootstrap,
-            "PYTHONUNBUFFERED": "1",
-        }
+        own = {"HOLDFAST_SUBJECT_KEYS": self._subject_keys()} if service.name == "reservation" else {}
+        return (
+            own
+            | os.environ
+            | {
+                "HOLDFAST_DATABASE_DSN": self._stack.postgres_dsn(service.database),
+                "HOLDFAST_REDIS_URL": self._stack.redis_url,
+                "HOLDFAST_KAFKA_BOOTSTRAP": self._stack.kafka_bootstrap,
+                "PYTHONUNBUFFERED": "1",
+            }
+        )
+
+    def _subject_keys(self) -> str:
+        """The key of reservation's hashes, made at the first start on this root and kept with its data."""
+        file = self._stack.root / "subject.keys"
+        with (
+            suppress(FileExistsError),
+            os.fdopen(os.open(file, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600), "w") as new,
+        ):
+            new.write(f"k1={base64.b64encode(secrets.token_bytes(32)).decode()}\n")
+        return file.read_text().strip()
 
     def _migrate(self, service: Service) -> None:
         if self._leash is None:

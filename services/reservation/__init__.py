@@ -11,6 +11,11 @@ What it promises, and what keeps the promise:
   calls carry a request id that is kept in `reservation_change`. The same id with other content is
   REQUEST_ID_REUSED.
 * State and event commit together (`shared.outbox`).
+* Who a reservation is for (customer, device, address) stays in this service's own database: events carry keyed
+  hashes (`subjects`), refusals and logs neither. Which hash stands for whom is inserted with the first reservation.
+* What analytics has decided is enforced before inventory is asked, from memory (`guard`, `verdicts`): a blocked
+  subject is refused, and no pod lets a burst past a limit. With Kafka or analytics away it goes on with what it
+  knows, or refuses (`enforcement`). A retry still gets its first outcome. Neither is part of a promise about stock.
 
 Reserve: hold at inventory, then insert the row. Crash in between: a retry finds the hold by its id and
 goes on; without a retry the hold expires. Two pods with one id: the hold is one, the row is inserted

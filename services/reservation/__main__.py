@@ -1,6 +1,7 @@
 """`python -m services.reservation [--role api|worker|all]`: builds the parts and runs them."""
 
 import argparse
+import asyncio
 from typing import Any
 
 import redis.asyncio as redis
@@ -8,14 +9,18 @@ import uvloop
 from holdfast.reservation.v1 import reservation_pb2, reservation_pb2_grpc
 
 from services.reservation.commands import Commands
+from services.reservation.guard import Guard
 from services.reservation.inventory import Inventory
 from services.reservation.servicer import ERRORS, Servicer
 from services.reservation.settings import Settings
+from services.reservation.subjects import Subjects, parse_keys
+from services.reservation.verdicts import Follower
 from services.reservation.workers import Workers
 from shared import logs, server
 from shared.channel import open_channel
 from shared.database import Database
 from shared.settings import load
+from shared.workers import restarting
 
 NAME = reservation_pb2.DESCRIPTOR.services_by_name["ReservationService"].full_name
 
@@ -30,19 +35,30 @@ async def run(settings: Settings, role: str) -> None:
     )
     client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
     channel = open_channel(settings.inventory_target)
-    commands = Commands(database, Inventory(channel))
+    subjects = Subjects(parse_keys(settings.subject_keys.get_secret_value()))
     api = role in {"api", "all"}
+    guard, following = None, None
+    if api and settings.enforcement != "off":
+        closed, stale_seconds = settings.enforcement == "closed", settings.enforcement_stale_seconds
+        guard = Guard(subjects, closed=closed, stale_seconds=stale_seconds)
+        follower = Follower(settings.kafka_bootstrap, guard)
+        following = asyncio.create_task(restarting("verdicts", follower.run))
+        await follower.complete(settings.enforcement_start_seconds)
+    commands = Commands(database, Inventory(channel), subjects, guard)
     services = [NAME] if api else []
 
     def register(target: Any) -> None:
         if api:
-            servicer = Servicer(settings, database, commands)
+            servicer = Servicer(settings, database, commands, subjects)
             reservation_pb2_grpc.add_ReservationServiceServicer_to_server(servicer, target)
 
     workers = Workers(settings, database, commands, client).run() if role in {"worker", "all"} else None
     try:
         await server.run(settings, ERRORS, register, services, workers)
     finally:
+        if following:
+            following.cancel()
+            await asyncio.wait([following])
         await channel.close(None)
         await client.aclose()
         await database.close()

@@ -1,7 +1,11 @@
 """Between the domain's data and the wire's: requests checked, answers and events made."""
 
+from collections.abc import Mapping
 from datetime import timedelta
 
+from google.protobuf.message import DecodeError
+from holdfast.analytics.v1 import events_pb2 as analytics_events
+from holdfast.analytics.v1 import fraud_pb2
 from holdfast.reservation.v1 import error_reason_pb2, events_pb2
 from holdfast.reservation.v1 import reservation_pb2 as pb
 
@@ -18,15 +22,21 @@ from services.reservation.domain import (
     Reservation,
     State,
 )
+from services.reservation.guard import Block, Heartbeat, Limit, Usage, Verdict
+from services.reservation.subjects import Identity, Kind, network
 from shared import check
+from shared.consumer import Message, Poison
 from shared.errors import ErrorMap
 from shared.refusal import Refusal
 from shared.wire import fingerprint, timestamp
 
 CHANGES_TOPIC = "holdfast.reservation.changes.v1"
+VERDICTS_TOPIC = "holdfast.analytics.verdicts.v1"
 CHANGED_TYPE = events_pb2.ReservationChanged.DESCRIPTOR.full_name
 LINES_MAX = 2_000
 VALUE_MICROS_MAX = 10**18
+SUBJECTS_MAX = 1_000
+WINDOW_NANOS_MAX = 86_400 * 10**9
 
 _MODES = {
     pb.RESERVE_MODE_UNSPECIFIED: Mode.ALL,
@@ -37,6 +47,11 @@ _MODES = {
 _MODE_NAMES = {mode: pb.ReserveMode.Value(f"RESERVE_MODE_{mode}") for mode in Mode}
 _STATE_NAMES = {state: pb.ReservationState.Value(f"RESERVATION_STATE_{state}") for state in State}
 _STATES = {value: state for state, value in _STATE_NAMES.items()}
+_KIND_NAMES = {kind: pb.IdentityKind.Value(f"IDENTITY_KIND_{kind}") for kind in Kind}
+_KINDS = {value: kind for kind, value in _KIND_NAMES.items()}
+_EVENT_FIELDS = {kind: kind.lower() for kind in Kind}
+_SUBJECT_KINDS = {fraud_pb2.SubjectKind.Value(f"SUBJECT_KIND_{kind}"): kind for kind in Kind}
+_LIMITED = {fraud_pb2.FEATURE_HOLDS: False, fraud_pb2.FEATURE_UNITS_OF_SKU: True}  # whether units are counted
 _REASONS = {reason.value: error_reason_pb2.ErrorReason.Value(f"ERROR_REASON_{reason}") for reason in Reason}
 
 
@@ -64,7 +79,24 @@ def ask(request: pb.ReserveRequest, field: str = "") -> Ask:
         fingerprint(request),
         check.business_time(request, "order_time", f"{at}order_time"),
         check.text(request.country, f"{at}country", 64),
+        check.code(request.device_id, f"{at}device_id", optional=True),
+        _address(request.ip_address, f"{at}ip_address"),
     )
+
+
+def _address(value: str, field: str) -> str:
+    if value:
+        _network(value, field)
+        if "/" in value:
+            raise check.invalid(field, "must be an address and no network")
+    return value
+
+
+def _network(value: str, field: str) -> str:
+    try:
+        return network(value)
+    except ValueError:
+        raise check.invalid(field, "must be an IPv4 or IPv6 address") from None
 
 
 def _line(line: pb.ReservationLine, mode: Mode, at: str) -> Line:
@@ -163,6 +195,8 @@ def reservation(value: Reservation) -> pb.Reservation:
         version=value.version,
         order_time=timestamp(value.order_time),
         country=value.country,
+        device_id=value.device_id,
+        ip_address=value.ip_address,
     )
 
 
@@ -183,6 +217,8 @@ def made(ask: Ask, held: Held) -> pb.Reservation:
             held.placed_at,
             ask.order_time or held.placed_at,
             ask.country,
+            device_id=ask.device_id,
+            ip_address=ask.ip_address,
         )
     )
 
@@ -205,5 +241,82 @@ def item_error(refusal: Refusal, errors: ErrorMap) -> pb.ItemError:
     )
 
 
-def changed_payload(value: pb.Reservation, request_id: str = "") -> bytes:
-    return events_pb2.ReservationChanged(reservation=value, request_id=request_id).SerializeToString()
+def changed_payload(value: pb.Reservation, subjects: Mapping[Kind, str], request_id: str = "") -> bytes:
+    """The event of a reservation as it now is: `subjects` in place of whom it is for."""
+    event = events_pb2.ReservationChanged(reservation=value, request_id=request_id)
+    told = event.reservation
+    told.customer_id = told.device_id = told.ip_address = ""
+    for kind, subject in subjects.items():
+        setattr(event.subjects, _EVENT_FIELDS[kind], subject)
+    return event.SerializeToString()
+
+
+def verdict(message: Message) -> Verdict | None:
+    """What a message of VERDICTS_TOPIC tells the guard; None for a release. Raises Poison."""
+    told = _told(message)
+    try:
+        match told.WhichOneof("verdict"):
+            case "heartbeat":
+                limits = tuple(_limit(limit) for limit in told.heartbeat.limits)
+                return Heartbeat(check.time(told.heartbeat.complete_time, "complete_time"), limits)
+            case "block":
+                start, end = told.block.start_time, told.block.end_time
+                return Block(told.block.subject, check.time(start, "start_time"), check.time(end, "end_time"))
+            case "usage":
+                usage = told.usage
+                parts = sorted((check.time(part.leave_time, "leave_time"), part.used) for part in usage.parts)
+                as_of = check.time(usage.as_of, "as_of")
+                return Usage(usage.rule_id, usage.subject, usage.sku, tuple(parts), as_of)
+            case "release":
+                return None
+    except Refusal as refusal:
+        raise Poison(f"a Verdict whose {refusal.message}") from None
+    raise Poison("a Verdict of an unknown kind")
+
+
+def releases(message: Message) -> list[Change]:
+    """The changes that a message of VERDICTS_TOPIC asks for; none but of a release. Raises Poison."""
+    told = _told(message).release
+    try:
+        return [
+            change(pb.CancelRequest(reservation_id=name, request_id=f"case/{told.case_id}"), Action.CANCEL)
+            for name in told.reservation_ids
+        ]
+    except Refusal as refusal:
+        raise Poison(f"a Release whose {refusal.message}") from None
+
+
+def _told(message: Message) -> analytics_events.Verdict:
+    try:
+        return analytics_events.Verdict.FromString(message.value or b"")
+    except DecodeError:
+        raise Poison("not a Verdict") from None
+
+
+def _limit(limit: analytics_events.Limit) -> Limit:
+    by, nanos = _SUBJECT_KINDS.get(limit.by), limit.window.ToNanoseconds()
+    if limit.feature not in _LIMITED or by is None or not 0 < nanos <= WINDOW_NANOS_MAX:
+        raise check.invalid("limits", "must be of holds or units, by customer, device or network, in a window")
+    return Limit(limit.rule_id, _LIMITED[limit.feature], by, timedelta(microseconds=nanos // 1000), limit.most)
+
+
+def resolve(request: pb.ResolveSubjectsRequest) -> tuple[list[str], list[Identity]]:
+    """The hashes and the identities that are asked for, checked."""
+    check.count(len(request.subjects) + len(request.identities), "subjects", SUBJECTS_MAX)
+    return (
+        [check.code(subject, f"subjects[{number}]") for number, subject in enumerate(request.subjects)],
+        [_identity(one, f"identities[{number}]") for number, one in enumerate(request.identities)],
+    )
+
+
+def _identity(value: pb.Subject, at: str) -> Identity:
+    kind = _KINDS.get(value.kind)
+    if kind is None:
+        raise check.invalid(f"{at}.kind", "must be a known kind")
+    if kind is Kind.NETWORK:
+        return Identity(kind, _network(value.value, f"{at}.value"))
+    return Identity(kind, check.code(value.value, f"{at}.value"))
+
+
+def subject(value: str, identity: Identity) -> pb.Subject:
+    return pb.Subject(subject=value, kind=_KIND_NAMES[identity.kind], value=identity.value)

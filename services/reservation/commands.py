@@ -3,10 +3,10 @@
 The package's docstring says why the order of the steps is right.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 
 import asyncpg
 import structlog
@@ -23,25 +23,36 @@ from services.reservation.domain import (
     State,
     reused,
 )
+from services.reservation.guard import Guard
 from services.reservation.inventory import Inventory
+from services.reservation.subjects import Identity, Lately, Subjects
 from shared.database import ATTEMPTS_MAX, RETRIED, Connection, Database, unavailable
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
 Outcome = tuple[Reservation, bool]  # the reservation, and whether the request was known
 Told = tuple[Message, bool]  # the same, as it is sent
-Identity = tuple[str, str]  # reservation id and request id of a change
+ChangeId = tuple[str, str]  # reservation id and request id of a change
 
 EXPIRE_MAX = 500
 DRIVE_MAX = 500
+SUBJECTS_WRITTEN_MAX = 100_000
 
 
 class Commands:
-    """The writes, on one database, over one inventory."""
+    """The writes, on one database, over one inventory; events carry the hashes that `subjects` makes.
 
-    def __init__(self, database: Database, inventory: Inventory) -> None:
+    Without a guard nothing is enforced.
+    """
+
+    def __init__(
+        self, database: Database, inventory: Inventory, subjects: Subjects, guard: Guard | None = None
+    ) -> None:
         self._database = database
         self._inventory = inventory
+        self._subjects = subjects
+        self._guard = guard
+        self._written = Lately(SUBJECTS_WRITTEN_MAX)
 
     # -- reserve ----------------------------------------------------------------------------------
 
@@ -49,12 +60,7 @@ class Commands:
         """Decide a batch. Raises Refusal INVENTORY_UNAVAILABLE or DATABASE_UNAVAILABLE for all of it."""
         first = {ask.reservation_id: ask for ask in reversed(asks)}
         unique = list({ask.reservation_id: first[ask.reservation_id] for ask in asks}.values())
-        answers = await self._inventory.place(unique)
-        decided = [(ask, held) for ask, held in zip(unique, answers, strict=True) if not isinstance(held, Refusal)]
-        refused = {
-            ask.reservation_id: held for ask, held in zip(unique, answers, strict=True) if isinstance(held, Refusal)
-        }
-        made = await self._insert(decided)
+        decided, refused, made = await self._decide(unique)
         known: dict[str, Reservation] = {}
         doubtful = [ask.reservation_id for ask in unique if ask.reservation_id not in made]
         if doubtful:
@@ -78,22 +84,64 @@ class Commands:
             told.add(name)
         return outcomes
 
+    async def _decide(
+        self, asks: Sequence[Ask]
+    ) -> tuple[list[tuple[Ask, Held]], dict[str, Refusal], dict[str, tuple[bytes, Message]]]:
+        """What inventory decided, what it or the guard refused, and what is new and inserted.
+
+        Who is refused by the guard may still be known: a retry gets its first outcome.
+        """
+        refused = self._guard.judge(asks, datetime.now(UTC)) if self._guard else {}
+        held: dict[str, Held] = {}
+        try:
+            admitted = [ask for ask in asks if ask.reservation_id not in refused]
+            answers = await self._inventory.place(admitted) if admitted else []
+            decided = []
+            for ask, answer in zip(admitted, answers, strict=True):
+                if isinstance(answer, Refusal):
+                    refused[ask.reservation_id] = answer
+                else:
+                    decided.append((ask, answer))
+            made = await self._insert(decided)
+            held = {ask.reservation_id: answer for ask, answer in decided if ask.reservation_id in made}
+        finally:
+            if self._guard:
+                self._guard.settle(held)
+        return decided, refused, made
+
     async def _insert(self, decided: Sequence[tuple[Ask, Held]]) -> dict[str, tuple[bytes, Message]]:
         """Insert reservations that are new, with their events; return each one's fingerprint and message."""
         fresh = {ask.reservation_id: (ask, held, codec.made(ask, held)) for ask, held in decided}
+        key_id = self._subjects.key_id
         for _ in range(ATTEMPTS_MAX):
             if not fresh:
                 return {}
-            rows = [(ask, held, codec.changed_payload(message)) for ask, held, message in fresh.values()]
+            rows = [(ask, held, self._event(message, key_id)) for ask, held, message in fresh.values()]
+            subjects = self._unwritten(ask for ask, _, _ in rows)
             async with self._database.connection() as connection:
                 try:
-                    await store.insert(connection, rows, codec.CHANGES_TOPIC, codec.CHANGED_TYPE)
+                    await store.insert(connection, rows, subjects, key_id, codec.CHANGES_TOPIC, codec.CHANGED_TYPE)
                 except RETRIED:
                     for name in await store.known(connection, fresh):
                         del fresh[name]
                 else:
+                    self._written.add(subjects)
                     return {name: (ask.fingerprint, message) for name, (ask, _, message) in fresh.items()}
         raise unavailable()
+
+    def _unwritten(self, asks: Iterable[Ask]) -> dict[str, Identity]:
+        """The hashes of new reservations that have to be kept, so that they resolve: not those that were lately."""
+        return {
+            one.hashes[0]: one.identity
+            for ask in asks
+            for one in self._subjects.named(ask.customer_id, ask.device_id, ask.ip_address).values()
+            if one.hashes[0] not in self._written
+        }
+
+    def _event(self, message: Message, key_id: str, request_id: str = "") -> bytes:
+        """The event of a reservation as it now is, whose hashes are made with one key all its life."""
+        subjects = self._subjects.of(message.customer_id, message.device_id, message.ip_address, key_id)
+        return codec.changed_payload(message, subjects, request_id)
 
     async def _give_back(self, held: Sequence[tuple[Ask, Held]]) -> None:
         if held:
@@ -136,7 +184,7 @@ class Commands:
 
     async def _carry_out(
         self, changes: Sequence[Change], reservations: Mapping[str, Reservation]
-    ) -> dict[Identity, Outcome | Refusal]:
+    ) -> dict[ChangeId, Outcome | Refusal]:
         """Ask inventory for changes whose intents are kept, and book its answers."""
         answers = await self._inventory.change([(c, reservations[c.reservation_id]) for c in changes])
         done = list(zip(changes, answers, strict=True))
@@ -153,7 +201,7 @@ class Commands:
 
     async def _book_locked(
         self, connection: Connection, done: Sequence[tuple[Change, Changed | Refusal]]
-    ) -> dict[Identity, Outcome | Refusal]:
+    ) -> dict[ChangeId, Outcome | Refusal]:
         """As `_book`, from reservations that nobody else can change; what was booked meanwhile is left as it is."""
         names = {change.reservation_id for change, _ in done}
         await store.lock(connection, names)
@@ -171,7 +219,7 @@ class Commands:
         connection: Connection,
         reservations: Mapping[str, Reservation],
         done: Sequence[tuple[Change, Changed | Refusal]],
-    ) -> dict[Identity, Outcome | Refusal]:
+    ) -> dict[ChangeId, Outcome | Refusal]:
         """Book what inventory answered, on reservations as they were read, in one statement."""
         now: dict[str, Reservation] = {}
         by: dict[str, str] = {}
@@ -198,7 +246,7 @@ class Commands:
     ) -> dict[str, Reservation]:
         """Write reservations (as read, as they now are, the request that did it), one version on, with their events."""
         rows = [(was, replace(now, version=was.version + 1), by) for was, now, by in settled]
-        events = [(was, now, codec.changed_payload(codec.reservation(now), by)) for was, now, by in rows]
+        events = [(was, now, self._event(codec.reservation(now), now.key_id, by)) for was, now, by in rows]
         await store.book(connection, events, decided, codec.CHANGES_TOPIC, codec.CHANGED_TYPE)
         return {now.reservation_id: now for _, now, _ in rows}
 
@@ -248,7 +296,7 @@ def _unwanted(pair: tuple[Ask, Held], known: dict[str, Reservation]) -> bool:
     return stored.fingerprint != ask.fingerprint or stored.state is not State.HELD
 
 
-def _identity(change: Change) -> Identity:
+def _identity(change: Change) -> ChangeId:
     return change.reservation_id, change.request_id
 
 

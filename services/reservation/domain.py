@@ -30,6 +30,9 @@ class Reason(StrEnum):
     DEADLINE_PASSED = "DEADLINE_PASSED"
     STOPPING = "STOPPING"
     LINE_NOT_FOUND = "LINE_NOT_FOUND"
+    SUBJECT_BLOCKED = "SUBJECT_BLOCKED"
+    LIMIT_REACHED = "LIMIT_REACHED"
+    ENFORCEMENT_STALE = "ENFORCEMENT_STALE"
 
 
 class State(StrEnum):
@@ -105,6 +108,8 @@ class Ask:
     fingerprint: bytes
     order_time: datetime | None = None
     country: str = ""
+    device_id: str = ""
+    ip_address: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,7 +125,7 @@ class Held:
 
 @dataclass(frozen=True, slots=True)
 class Reservation:
-    """A promise, with its lines and allocations."""
+    """A promise, with its lines and allocations. `key_id` is the key that its events' hashes are made with."""
 
     reservation_id: str
     customer_id: str
@@ -136,6 +141,9 @@ class Reservation:
     order_time: datetime
     country: str
     version: int = 1
+    device_id: str = ""
+    ip_address: str = ""
+    key_id: str = ""
 
     @property
     def skus(self) -> list[str]:

@@ -14,6 +14,7 @@ from services.reservation import codec, store
 from services.reservation.commands import Commands, Outcome, Told
 from services.reservation.domain import Action, Ask, Change, Reason, Reservation
 from services.reservation.settings import Settings
+from services.reservation.subjects import Subjects
 from shared import check, pages
 from shared.batching import Batcher
 from shared.database import Database
@@ -45,6 +46,9 @@ ERRORS = ErrorMap(
         Reason.DEADLINE_PASSED: _CODES.DEADLINE_EXCEEDED,
         Reason.STOPPING: _CODES.UNAVAILABLE,
         Reason.LINE_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.SUBJECT_BLOCKED: _CODES.PERMISSION_DENIED,
+        Reason.LIMIT_REACHED: _CODES.RESOURCE_EXHAUSTED,
+        Reason.ENFORCEMENT_STALE: _CODES.UNAVAILABLE,
     },
 )
 
@@ -55,9 +59,10 @@ Asked = asyncio.Future[Told] | Refusal
 class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
     """The reservation API over `commands`; reads go to `database`."""
 
-    def __init__(self, settings: Settings, database: Database, commands: Commands) -> None:
+    def __init__(self, settings: Settings, database: Database, commands: Commands, subjects: Subjects) -> None:
         self._settings = settings
         self._database = database
+        self._subjects = subjects
         bounds: dict[str, Any] = {
             "batch_items_max": settings.batch_items_max,
             "batch_lines_max": settings.batch_lines_max,
@@ -163,6 +168,14 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
         return pb.ListReservationsResponse(
             reservations=[codec.reservation(value) for value in found], next_page_token=token
         )
+
+    async def ResolveSubjects(self, request: pb.ResolveSubjectsRequest, context: Context) -> pb.ResolveSubjectsResponse:
+        asked, identities = codec.resolve(request)
+        async with self._database.connection() as connection:
+            known = await store.read_subjects(connection, asked) if asked else {}
+        found = [(subject, known[subject]) for subject in asked if subject in known]
+        found += [(subject, one) for one in identities for subject in self._subjects.hashes(one)]
+        return pb.ResolveSubjectsResponse(subjects=[codec.subject(*one) for one in found])
 
     def _ask(self, request: pb.ReserveRequest, field: str, context: Context) -> asyncio.Future[Told]:
         ask = codec.ask(request, field)

@@ -4,7 +4,7 @@ Rows of several reservations are always written in ascending reservation id.
 """
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 
@@ -23,30 +23,36 @@ from services.reservation.domain import (
     ShortLine,
     State,
 )
+from services.reservation.subjects import Identity, Kind
 from shared.database import Connection, Record, columns, fetch
 from shared.refusal import Refusal
 
-# New reservations with all that belongs to them and their events, in one statement and one round trip.
+# New reservations with all that belongs to them and their events, in one statement and one round trip. Hashes come
+# in ascending order, as another pod may insert the same ones: it waits, and cannot be waited for.
 # One that is known undoes it all: then `KNOWN` tells which, and the others are inserted again.
 INSERT = """
 WITH made AS (
   INSERT INTO reservation (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at,
-                           created_at, updated_at, order_time, country)
+                           created_at, updated_at, order_time, country, device_id, ip_address, key_id)
   SELECT reservation_id, customer_id, state, mode, fingerprint, short_lines::jsonb, expires_at, created_at, created_at,
-         coalesce(order_time, created_at), country
+         coalesce(order_time, created_at), country, device_id, ip_address, $27
   FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::timestamptz[],
-              $8::timestamptz[], $9::timestamptz[], $10::text[])
+              $8::timestamptz[], $9::timestamptz[], $10::text[], $11::text[], $12::text[])
     AS new (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at, created_at, order_time,
-            country)
+            country, device_id, ip_address)
 ), lines AS (
   INSERT INTO reservation_line (reservation_id, line_no, sku, location, quantity, minimum, currency_code, price_micros)
-  SELECT * FROM unnest($11::text[], $12::smallint[], $13::text[], $14::text[], $15::bigint[], $16::bigint[],
-                       $17::text[], $18::bigint[])
+  SELECT * FROM unnest($13::text[], $14::smallint[], $15::text[], $16::text[], $17::bigint[], $18::bigint[],
+                       $19::text[], $20::bigint[])
 ), allocations AS (
   INSERT INTO allocation (reservation_id, sku, location, held)
-  SELECT * FROM unnest($19::text[], $20::text[], $21::text[], $22::bigint[])
+  SELECT * FROM unnest($21::text[], $22::text[], $23::text[], $24::bigint[])
+), subjects AS (
+  INSERT INTO subject (subject, kind, value)
+  SELECT * FROM unnest($28::text[], $29::text[], $30::text[])
+  ON CONFLICT DO NOTHING
 )
-INSERT INTO outbox (topic, type, keys, payloads, traceparent) VALUES ($23, $24, $1, $25, $26)
+INSERT INTO outbox (topic, type, keys, payloads, traceparent) VALUES ($25, $26, $1, $31, $32)
 """
 KNOWN = """
 SELECT reservation.reservation_id FROM unnest($1::text[]) AS asked (reservation_id)
@@ -61,6 +67,9 @@ SELECT reservation.*,
         WHERE allocation.reservation_id = reservation.reservation_id ORDER BY sku, location) AS allocations
 FROM unnest($1::text[]) AS asked (reservation_id)
   JOIN reservation ON reservation.reservation_id = asked.reservation_id
+"""
+READ_SUBJECTS = """
+SELECT subject.* FROM unnest($1::text[]) AS asked (subject) JOIN subject ON subject.subject = asked.subject
 """
 READ_CHANGES = """
 SELECT change.* FROM unnest($1::text[], $2::text[]) AS asked (reservation_id, request_id)
@@ -135,9 +144,15 @@ class KnownChange:
 
 
 async def insert(
-    connection: Connection, decided: Sequence[tuple[Ask, Held, bytes]], topic: str, kind: str, traceparent: str = ""
+    connection: Connection,
+    decided: Sequence[tuple[Ask, Held, bytes]],
+    subjects: Mapping[str, Identity],
+    key_id: str,
+    topic: str,
+    kind: str,
+    traceparent: str = "",
 ) -> None:
-    """Insert reservations, each with the payload of its event, and commit.
+    """Insert reservations, each with the payload of its event, and the hashes in these, and commit.
 
     Raises asyncpg.UniqueViolationError where one is known; then none is inserted.
     """
@@ -146,7 +161,7 @@ async def insert(
         (
             ask.reservation_id, ask.customer_id, (State.HELD if held.allocations else State.REJECTED).value,
             ask.mode.value, ask.fingerprint, _short_json(held.short_lines), held.expires_at, held.placed_at,
-            ask.order_time, ask.country,
+            ask.order_time, ask.country, ask.device_id, ask.ip_address,
         )
         for ask, held, _ in ordered
     ]  # fmt: skip
@@ -156,10 +171,12 @@ async def insert(
         for no, x in enumerate(ask.lines)
     ]
     allocations = [(ask.reservation_id, *part) for ask, held, _ in ordered for part in held.allocations]
+    hashes = sorted((subject, one.kind.value, one.value) for subject, one in subjects.items())
     payloads = [payload for _, _, payload in ordered]
     await connection.execute(
-        INSERT, *columns(rows, 10), *columns(lines, 8), *columns(allocations, 4), topic, kind, payloads, traceparent
-    )
+        INSERT, *columns(rows, 12), *columns(lines, 8), *columns(allocations, 4), topic, kind, key_id,
+        *columns(hashes, 3), payloads, traceparent,
+    )  # fmt: skip
 
 
 async def known(connection: Connection, ids: Iterable[str]) -> set[str]:
@@ -192,10 +209,16 @@ async def read(connection: Connection, ids: Iterable[str]) -> dict[str, Reservat
             row["reservation_id"], row["customer_id"], State(row["state"]), Mode(row["mode"]), row["fingerprint"],
             tuple(Line(*line) for line in row["lines"]), tuple(Allocation(*part) for part in row["allocations"]),
             _short_lines(row["short_lines"]), row["expires_at"], row["created_at"], row["updated_at"],
-            row["order_time"], row["country"], row["version"],
+            row["order_time"], row["country"], row["version"], row["device_id"], row["ip_address"], row["key_id"],
         )
         for row in await connection.fetch(READ, sorted(set(ids)))
     }  # fmt: skip
+
+
+async def read_subjects(connection: Connection, subjects: Iterable[str]) -> dict[str, Identity]:
+    """What stands behind hashes, by hash; unknown ones are left out."""
+    rows = await connection.fetch(READ_SUBJECTS, sorted(set(subjects)))
+    return {row["subject"]: Identity(Kind(row["kind"]), row["value"]) for row in rows}
 
 
 async def read_changes(connection: Connection, changes: Iterable[Change]) -> dict[tuple[str, str], KnownChange]:

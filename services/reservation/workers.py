@@ -1,6 +1,6 @@
-"""What reservation does without being asked: relay, book expiries, drive on what was left half done.
+"""What reservation does without being asked: relay, book expiries, drive on what was left half done, release.
 
-Each runs on one pod at a time, by a lock in Redis that saves work and decides nothing.
+Each but the last runs on one pod at a time, by a lock in Redis that saves work and decides nothing.
 """
 
 import asyncio
@@ -9,9 +9,17 @@ import redis.asyncio as redis
 
 from services.reservation import codec
 from services.reservation.commands import Commands
+from services.reservation.domain import Reason
 from services.reservation.settings import Settings
 from shared import workers
+from shared.consumer import Batch, Bury, Busy, Consumer, Poison
 from shared.database import Database
+from shared.refusal import Refusal
+
+GROUP = "holdfast.reservation.verdicts"
+DLQ_TOPIC = "holdfast.reservation.dlq"
+AWAY = {Reason.DATABASE_UNAVAILABLE, Reason.INVENTORY_UNAVAILABLE}
+ENDED = {Reason.RESERVATION_NOT_FOUND, Reason.RESERVATION_NOT_HELD, Reason.RESERVATION_EXPIRED}
 
 
 class Workers:
@@ -49,3 +57,35 @@ class Workers:
                 group.create_task(
                     workers.alone(self._redis, f"reservation:{name}", job, lock_ttl_seconds=settings.lock_ttl_seconds)
                 )
+            group.create_task(workers.restarting("releases", self._releases().run))
+
+    def _releases(self) -> Consumer:
+        return Consumer(
+            self._settings.kafka_bootstrap,
+            [codec.VERDICTS_TOPIC],
+            GROUP,
+            DLQ_TOPIC,
+            lambda batch, bury: release(self._commands, batch, bury),
+        )
+
+
+async def release(commands: Commands, batch: Batch, bury: Bury) -> None:
+    """Cancel what decided cases release; what is not held any more is done. Bury what is unreadable.
+
+    Raises Busy while the database or inventory is away.
+    """
+    for message in batch.messages:
+        try:
+            changes = codec.releases(message)
+        except Poison as poison:
+            await bury(message, poison)
+            continue
+        try:
+            outcomes = await commands.change(changes) if changes else []
+        except Refusal as away:
+            outcomes = [away]
+        for refusal in [outcome for outcome in outcomes if isinstance(outcome, Refusal)]:
+            if refusal.reason in AWAY:
+                raise Busy(refusal.message)
+            if refusal.reason not in ENDED:
+                await bury(message, Poison(f"{refusal.reason}: {refusal.message}"))

@@ -28,6 +28,8 @@ BIG = 10**12 + 1
 RECEIVE, SHIP, COUNT = ip.ADJUSTMENT_REASON_RECEIVE, ip.ADJUSTMENT_REASON_SHIP, ip.ADJUSTMENT_REASON_COUNT
 # What no request alone can bring about; test_failures.py, test_batching.py and test_stopping.py do.
 BY_FAILURE = {"OVERLOADED", "DATABASE_UNAVAILABLE", "DEADLINE_PASSED", "INVENTORY_UNAVAILABLE", "STOPPING"}
+# What verdicts bring about; test_enforcement.py does.
+BY_VERDICT = {"SUBJECT_BLOCKED", "LIMIT_REACHED", "ENFORCEMENT_STALE"}
 
 
 async def refused(call: Awaitable[Any], errors: ErrorMap) -> str:
@@ -179,7 +181,7 @@ async def test_reservation_raises_each_of_its_reasons(holdfast: Holdfast, stack:
     extend = rp.ExtendRequest(reservation_id=name, request_id=new())
     raised.add(await refused(api.Extend(extend), RESERVATION))
     expected = {reason.removeprefix("ERROR_REASON_") for reason in reservation_reasons.ErrorReason.keys()[1:]}
-    assert raised == expected - BY_FAILURE
+    assert raised == expected - BY_FAILURE - BY_VERDICT
 
 
 @pytest.mark.parametrize(
@@ -220,6 +222,31 @@ async def test_a_bad_reserve_names_its_field(holdfast: Holdfast, field: str, req
     with pytest.raises(Refusal) as caught:
         await holdfast._call(holdfast.reservation.Reserve(request_))
     assert (caught.value.reason, caught.value.metadata["field"]) == ("FIELD_INVALID", field)
+
+
+@pytest.mark.parametrize("address", ["nonsense", "203.0.113.0/24", "fe80::1%eth0", "1" * 46])
+async def test_a_bad_address_is_named(holdfast: Holdfast, address: str) -> None:
+    """And a network is no address."""
+    with pytest.raises(Refusal) as caught:
+        await holdfast.reserve("r", [("A", "", 1)], ip_address=address)
+    assert (caught.value.reason, caught.value.metadata["field"]) == ("FIELD_INVALID", "ip_address")
+
+
+async def test_a_bad_identity_is_named(holdfast: Holdfast) -> None:
+    """Its kind, its value, and how many may be asked for at once."""
+    for request, field in (
+        (rp.ResolveSubjectsRequest(identities=[rp.Subject(value="x")]), "identities[0].kind"),
+        (rp.ResolveSubjectsRequest(subjects=["a b"]), "subjects[0]"),
+        (rp.ResolveSubjectsRequest(), "subjects"),
+        (rp.ResolveSubjectsRequest(subjects=["a"] * 1001), "subjects"),
+        (
+            rp.ResolveSubjectsRequest(identities=[rp.Subject(kind=rp.IDENTITY_KIND_NETWORK, value="x")]),
+            "identities[0].value",
+        ),
+    ):
+        with pytest.raises(Refusal) as caught:
+            await holdfast._call(holdfast.reservation.ResolveSubjects(request))
+        assert caught.value.metadata["field"] == field
 
 
 async def test_times_out_of_range_are_invalid(holdfast: Holdfast) -> None:

@@ -15,6 +15,7 @@ from services.inventory.commands import Commands as Inventory
 from services.reservation.commands import Commands
 from services.reservation.domain import Ask, Line, Mode
 from services.reservation.inventory import Inventory as InventoryClient
+from services.reservation.subjects import Subjects
 from shared.channel import open_channel
 from shared.database import Database
 from shared.lock import Lock, run_alone
@@ -89,7 +90,7 @@ async def test_inventory_away_is_unavailable_and_nothing_is_stored(stack: Stack)
     database = await Database.connect(stack.postgres_dsn("postgres"), name="test")
     ask = Ask(new(), "", (Line("A", "", 1),), Mode.ALL, timedelta(minutes=1), b"")
     with pytest.raises(Refusal) as refused:
-        await Commands(database, InventoryClient(channel)).reserve([ask])
+        await Commands(database, InventoryClient(channel), Subjects({"k1": bytes(16)})).reserve([ask])
     assert refused.value.reason == "INVENTORY_UNAVAILABLE"
     await channel.close(None)
     await database.close()

@@ -80,6 +80,7 @@ async def test_inventory_reads_and_writes_by_index(large: Database) -> None:
         ("READ_CHANGES", "array['a', 'b'], array['r', 'r']"),
         ("LOCK", "array['a', 'b']"),
         ("KNOWN", "array['a', 'b']"),
+        ("READ_SUBJECTS", "array['a', 'b']"),
         ("BOOK", BOOKED),
         ("PENDING_CHANGES", "interval '5 s', 10"),
         ("DUE", "10"),

@@ -125,7 +125,7 @@ async def test_what_the_database_cannot_keep_is_buried_alone(analytics_db: Datab
     }
     told = [
         rp.Reservation(reservation_id="good", **good),
-        rp.Reservation(reservation_id="nul", customer_id="a\0b", **good),
+        rp.Reservation(reservation_id="nul", country="a\0b", **good),
         rp.Reservation(reservation_id="dear", lines=[line], allocations=[sold], **good),
         rp.Reservation(reservation_id="last", **good),
     ]

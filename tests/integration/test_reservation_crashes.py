@@ -10,6 +10,7 @@ from deploy.local.supervisor import Supervisor
 from services.reservation.commands import Commands, Outcome, Told
 from services.reservation.domain import Action, Ask, Change, ChangeLine, Line, Mode, Reservation, State
 from services.reservation.inventory import Inventory
+from services.reservation.subjects import Subjects
 from shared.channel import open_channel
 from shared.client import Holdfast
 from shared.database import Database
@@ -25,7 +26,7 @@ class Crash(Exception):
 async def reservations(pods: Supervisor, reservation_db: Database) -> AsyncIterator[Commands]:
     """Commands on a database of the test's, over the real inventory."""
     channel = open_channel(pods.targets["inventory"])
-    yield Commands(reservation_db, Inventory(channel))
+    yield Commands(reservation_db, Inventory(channel), Subjects({"k1": bytes(16)}))
     await channel.close(None)
 
 

@@ -1,0 +1,285 @@
+"""What the guard lets in, by tables and against a plain count."""
+
+import time as clock
+from collections import Counter
+from datetime import UTC, datetime, timedelta
+from itertools import count
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from services.reservation import guard as module
+from services.reservation.domain import Ask, Held, Line, Mode
+from services.reservation.guard import Block, Guard, Heartbeat, Limit, Usage
+from services.reservation.subjects import Identity, Kind, Subjects
+from shared.refusal import Refusal
+
+NOW = datetime(2026, 1, 1, 12, tzinfo=UTC)
+OLD_ALONE, SUBJECTS = Subjects({"k1": bytes(16)}), Subjects({"k2": bytes(range(16)), "k1": bytes(16)})
+MINUTE = timedelta(minutes=1)
+HOLDS = Limit("holds", of_units=False, by=Kind.CUSTOMER, window=MINUTE, most=3)
+UNITS = Limit("units", of_units=True, by=Kind.DEVICE, window=MINUTE, most=10)
+number = count()
+
+
+def ask(customer: str = "ann", *lines: tuple[str, int], at: float | None = None, **more: str) -> Ask:
+    """An order, made at so many seconds after NOW if this is said."""
+    time = None if at is None else NOW + timedelta(seconds=at)
+    asked = tuple(Line(sku, "", units) for sku, units in lines or [("A", 1)])
+    return Ask(f"r{next(number)}", customer, asked, Mode.ALL, MINUTE, b"", time, **more)
+
+
+def held(asked: Ask) -> Held:
+    return Held(tuple((line.sku, "MAIN", line.quantity) for line in asked.lines), (), NOW, NOW, replayed=False)
+
+
+def made(*limits: Limit, subjects: Subjects = SUBJECTS, **more: bool) -> Guard:
+    guard = Guard(subjects, **more)
+    guard.apply(Heartbeat(NOW, limits), NOW)
+    return guard
+
+
+def admit(guard: Guard, asked: list[Ask], now: datetime = NOW) -> list[Refusal | None]:
+    """Judge a batch of which inventory holds all that is let in."""
+    refused = guard.judge(asked, now)
+    guard.settle({one.reservation_id: held(one) for one in asked if one.reservation_id not in refused})
+    return [refused.get(one.reservation_id) for one in asked]
+
+
+def hashed(kind: Kind, value: str, subjects: Subjects = SUBJECTS) -> str:
+    return subjects.hashes(Identity(kind, value))[0]
+
+
+def blocked(start: float, end: float, subject: str = "") -> Block:
+    seconds = (NOW + timedelta(seconds=start), NOW + timedelta(seconds=end))
+    return Block(subject or hashed(Kind.CUSTOMER, "ann"), *seconds)
+
+
+@pytest.mark.parametrize(("at", "refused"), [(-1, False), (0, True), (None, True), (9.999, True), (10, False)], ids=str)
+def test_a_block_holds_from_its_start_up_to_its_end(at: float | None, refused: bool) -> None:
+    """By the order's time or, without one, now."""
+    guard = made()
+    guard.apply(blocked(0, 10), NOW)
+    (refusal,) = admit(guard, [ask(at=at)])
+    assert (refusal is not None) == refused
+    if refusal:
+        assert refusal.reason == "SUBJECT_BLOCKED"
+        assert refusal.metadata == {"subject_kind": "CUSTOMER", "retry_time": "2026-01-01T12:00:10Z"}
+        assert "ann" not in refusal.message
+
+
+@pytest.mark.parametrize(
+    ("kind", "value"), [(Kind.CUSTOMER, "ann"), (Kind.DEVICE, "tab"), (Kind.NETWORK, "203.0.113.0/24")], ids=str
+)
+@pytest.mark.parametrize("subjects", [OLD_ALONE, SUBJECTS], ids=["old key", "new key"])
+def test_any_subject_is_blocked_under_any_key(kind: Kind, value: str, subjects: Subjects) -> None:
+    """The block was made of a hash of either key; others are not blocked with it."""
+    guard = made()
+    guard.apply(blocked(0, 10, hashed(kind, value, subjects)), NOW)
+    one = ask("ann", device_id="tab", ip_address="203.0.113.77")
+    other = ask("bob", device_id="desk", ip_address="203.0.114.77")
+    assert [refusal is not None for refusal in admit(guard, [one, other, ask("")])] == [True, False, False]
+
+
+def test_a_block_is_replaced_and_lifted() -> None:
+    """The last word counts; a block that ends before it starts is none."""
+    guard = made()
+    for block, refused in (
+        (blocked(0, 10), True),
+        (blocked(5, 10), False),
+        (blocked(0, 9), True),
+        (blocked(0, 0), False),
+    ):
+        guard.apply(block, NOW)
+        assert (admit(guard, [ask()])[0] is not None) == refused
+
+
+def test_a_burst_in_one_batch_stops_at_the_limit() -> None:
+    """300 at once: three are let in; when they leave the window is said."""
+    outcomes = admit(made(HOLDS), [ask() for _ in range(300)])
+    assert [outcome is None for outcome in outcomes] == [True] * 3 + [False] * 297
+    refusal = outcomes[-1]
+    assert refusal
+    assert refusal.reason == "LIMIT_REACHED"
+    assert refusal.metadata == {
+        "rule_id": "holds", "subject_kind": "CUSTOMER", "limit": "3", "window_seconds": "60",
+        "retry_time": "2026-01-01T12:01:00Z",
+    }  # fmt: skip
+
+
+def test_what_was_not_held_is_taken_back() -> None:
+    """Refused by inventory, held in part, and known before: only what was newly held counts."""
+    guard = made(HOLDS, UNITS)
+    asked = [ask("ann", ("A", 5), device_id="tab"), ask("ann", ("A", 5), device_id="tab")]
+    assert not guard.judge(asked, NOW)
+    assert guard.judge([late := ask("ann", ("A", 1), device_id="tab")], NOW)[late.reservation_id].metadata["sku"] == "A"
+    short = Held((("A", "MAIN", 2),), (), NOW, NOW, replayed=False)
+    guard.settle({asked[0].reservation_id: short, asked[1].reservation_id: Held((), (), NOW, NOW, replayed=False)})
+    assert admit(guard, [ask("ann", ("A", 8), device_id="tab"), ask("bob", ("A", 1), device_id="tab")])[0] is None
+    assert admit(guard, [ask(), ask()])[1]
+    assert admit(guard, [ask("bob", ("A", 1), device_id="tab")])[0]
+
+
+def test_units_are_summed_by_sku_and_what_never_fits_is_said() -> None:
+    """Lines of one SKU are one demand; a demand above the limit has no time at which it fits."""
+    guard = made(UNITS)
+    assert admit(guard, [ask("", ("A", 5), ("B", 10), ("A", 5), device_id="tab")]) == [None]
+    (above,) = admit(guard, [ask("", ("C", 6), ("C", 5), device_id="desk")])
+    assert above
+    assert above.metadata == {
+        "rule_id": "units", "subject_kind": "DEVICE", "limit": "10", "window_seconds": "60", "sku": "C",
+    }  # fmt: skip
+    assert admit(guard, [ask("", ("C", 10), device_id="desk"), ask("", ("A", 1), device_id="tab")])[0] is None
+
+
+@pytest.mark.parametrize("subjects", [OLD_ALONE, SUBJECTS], ids=["old key", "new key"])
+def test_usage_counts_until_it_leaves(subjects: Subjects) -> None:
+    """What analytics tells, part by part; a part that leaves now is gone."""
+    guard = made(HOLDS)
+    parts = ((NOW + timedelta(seconds=20), 1), (NOW + timedelta(seconds=40), 2))
+    guard.apply(Usage("holds", hashed(Kind.CUSTOMER, "ann", subjects), "", parts, NOW), NOW)
+    (refusal,) = admit(guard, [ask(at=19.999)])
+    assert refusal
+    assert refusal.metadata["retry_time"] == "2026-01-01T12:00:20Z"
+    assert admit(guard, [ask(at=20), ask(at=20)])[0] is None
+    assert admit(guard, [ask(at=39)])[0]
+    guard.apply(Usage("holds", hashed(Kind.CUSTOMER, "ann", subjects), "", (), NOW), NOW)
+    assert admit(guard, [ask(at=39)]) == [None]
+
+
+def test_admissions_that_analytics_tells_of_are_not_counted_twice() -> None:
+    """Up to the latest hold in the usage its parts count, after it the pod's own."""
+    guard = made(HOLDS)
+    assert admit(guard, [ask(at=0), ask(at=1)]) == [None, None]
+    usage = Usage("holds", hashed(Kind.CUSTOMER, "ann"), "", ((NOW + MINUTE, 1),), NOW)
+    guard.apply(usage, NOW)
+    assert [refusal is None for refusal in admit(guard, [ask(at=2), ask(at=2)])] == [True, False]
+
+
+def test_own_admissions_are_forgotten_when_analytics_would_have_told() -> None:
+    """After OWN_SECONDS of the pod's clock, whatever the orders' times."""
+    guard = made(HOLDS)
+    admit(guard, [ask(at=0) for _ in range(3)])
+    later = NOW + timedelta(seconds=module.OWN_SECONDS)
+    assert admit(guard, [ask(at=0)], later - timedelta(seconds=1))[0]
+    assert admit(guard, [ask(at=0)], later) == [None]
+
+
+@pytest.mark.parametrize(
+    ("closed", "seconds", "reason"), [(True, 30, None), (True, 30.1, "ENFORCEMENT_STALE"), (False, 30.1, None)]
+)
+def test_a_closed_guard_refuses_when_it_is_stale(closed: bool, seconds: float, reason: str | None) -> None:
+    """30 s after the last heartbeat's time; an open one goes on."""
+    (refusal,) = admit(made(closed=closed), [ask()], NOW + timedelta(seconds=seconds))
+    assert (refusal.reason if refusal else None) == reason
+
+
+def test_a_closed_guard_refuses_before_the_first_heartbeat_and_an_open_one_enforces_what_it_knows() -> None:
+    """Nothing was heard yet, or nothing any more."""
+    assert Guard(SUBJECTS, closed=True).judge([asked := ask()], NOW)[asked.reservation_id].metadata == {}
+    guard = Guard(SUBJECTS)
+    assert admit(guard, [ask()]) == [None]
+    guard.apply(blocked(0, 1e6), NOW)
+    (refusal,) = admit(guard, [ask()], NOW + timedelta(days=1))
+    assert refusal
+    assert refusal.reason == "SUBJECT_BLOCKED"
+
+
+def test_every_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What has ended goes first, then the oldest; what is new stays."""
+    for name in ("BLOCKS_MAX", "USAGES_MAX", "ADMISSIONS_MAX"):
+        monkeypatch.setattr(module, name, 20)
+    guard = made(Limit("all", of_units=False, by=Kind.CUSTOMER, window=MINUTE, most=1))
+    guard.apply(blocked(0, 100, hashed(Kind.CUSTOMER, "first")), NOW)
+    for n in range(19):
+        guard.apply(blocked(-2, -1, f"customer:k2:{n}"), NOW)
+    guard.apply(blocked(0, 100, hashed(Kind.CUSTOMER, "last")), NOW)
+    assert len(guard._blocks) == 2
+    assert all(admit(guard, [ask("first"), ask("last")]))
+    for n in range(100):
+        guard.apply(blocked(0, 100, f"customer:k2:{n}"), NOW)
+        guard.apply(Usage("all", f"customer:k2:{n}", "", ((NOW + MINUTE, 1),), NOW), NOW)
+        admit(guard, [ask(f"c{n}")])
+    assert len(guard._blocks) <= 20
+    assert len(guard._usages) <= 20
+    assert len(guard._own) == len(guard._recent) <= 21
+    assert admit(guard, [ask("c99")])[0]
+
+
+def test_nothing_stays_counted_but_what_is_recent() -> None:
+    """After a while without orders no counter is left."""
+    guard = made(HOLDS, UNITS)
+    admit(guard, [ask("ann", ("A", 2), ("B", 1), device_id="tab") for _ in range(5)])
+    assert len(guard._own) == 3
+    guard.judge([], NOW + MINUTE)
+    assert not guard._own
+    assert not guard._recent
+
+
+WHO = st.sampled_from(["ann", "bob"])
+ASKED = st.tuples(WHO, st.integers(1, 4), st.sampled_from("AB"), st.integers(0, 8), st.sampled_from(["held", "short"]))
+
+
+@given(st.lists(st.lists(ASKED, min_size=1, max_size=6), max_size=12), st.integers(1, 8))
+def test_no_window_has_more_than_the_limit_and_what_fits_is_let_in(
+    batches: list[list[tuple[str, int, str, int, str]]], most: int
+) -> None:
+    """Against a plain count of what was held, whatever the order of the orders' times, within OWN_SECONDS."""
+    window = timedelta(seconds=4)
+    guard = made(
+        Limit("holds", of_units=False, by=Kind.CUSTOMER, window=window, most=most),
+        Limit("units", of_units=True, by=Kind.CUSTOMER, window=window, most=most + 2),
+    )
+    kept: list[tuple[str, str, datetime, int]] = []
+    for number, batch in enumerate(batches):
+        now = NOW + timedelta(milliseconds=number)
+        asked = [ask(who, (sku, units), at=at) for who, units, sku, at, _ in batch]
+        refused = guard.judge(asked, now)
+        counted = list(kept)  # what the batch itself admits counts, until it is settled
+        for one in asked:
+            time = one.order_time or now
+            fits = most > sum(
+                who == one.customer_id and at + window > time for who, _, at, _ in counted
+            ) and most + 2 >= one.lines[0].quantity + sum(
+                units
+                for who, sku, at, units in counted
+                if (who, sku) == (one.customer_id, one.lines[0].sku) and at + window > time
+            )
+            assert (one.reservation_id not in refused) == fits
+            if fits:
+                counted.append((one.customer_id, one.lines[0].sku, time, one.lines[0].quantity))
+        answers: dict[str, Held] = {}
+        for one, (*_, fate) in zip(asked, batch, strict=True):
+            if one.reservation_id not in refused and fate == "held":
+                answers[one.reservation_id] = held(one)
+                kept.append((one.customer_id, one.lines[0].sku, one.order_time or now, one.lines[0].quantity))
+        guard.settle(answers)
+    for start in {time for _, _, time, _ in kept}:
+        inside = [one for one in kept if start <= one[2] < start + window]
+        assert max(Counter(who for who, *_ in inside).values(), default=0) <= most
+        units = Counter[tuple[str, str]]()
+        for who, sku, _, quantity in inside:
+            units[who, sku] += quantity
+        assert max(units.values(), default=0) <= most + 2
+
+
+def test_a_judgement_costs_microseconds() -> None:
+    """With blocks, limits of every kind and orders of three lines; a generous bound for a busy machine."""
+    limits = [Limit(kind, of_units=kind is Kind.DEVICE, by=kind, window=MINUTE, most=10**6) for kind in Kind]
+    guard = made(*limits)
+    for n in range(1000):
+        guard.apply(blocked(0, 1e6, f"customer:k2:{n}"), NOW)
+    batches = [
+        [ask(f"c{n}", ("A", 1), ("B", 1), ("C", 1), device_id=f"d{n}", ip_address=f"203.0.{n}.7") for n in range(50)]
+        for _ in range(40)
+    ]
+    costs = []
+    for turn, batch in enumerate(batches):
+        answers = {one.reservation_id: held(one) for one in batch}
+        began = clock.perf_counter()
+        guard.judge(batch, NOW + timedelta(milliseconds=turn))
+        guard.settle(answers)
+        costs.append((clock.perf_counter() - began) / len(batch))
+    assert sorted(costs)[len(costs) // 2] < 50e-6
+    print(f"{sorted(costs)[len(costs) // 2] * 1e6:.1f} us an ask")
