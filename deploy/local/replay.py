@@ -18,6 +18,7 @@ from shared.refusal import Refusal
 LOCATION = "MAIN"
 CURRENCY = "GBP"
 EVENTS_SECONDS_MAX = 60
+STOPPED = ("SUBJECT_BLOCKED", "LIMIT_REACHED")
 
 SOLD = "SELECT sku, sum(confirmed)::bigint AS sold, sum(held)::bigint AS held FROM allocation GROUP BY sku"
 EXPIRED = "SELECT coalesce(sum(expired), 0)::bigint FROM allocation"
@@ -45,6 +46,7 @@ class Tally:
     held: int = 0
     confirmed: int = 0
     refused: int = 0
+    stopped: int = 0
     returned_units: int = 0
     corrections: int = 0
     refused_corrections: int = 0
@@ -115,7 +117,10 @@ class Replay:
             try:
                 await self._send(order)
             except Refusal as refusal:
-                self.tally.errors[refusal.reason] += 1
+                if refusal.reason in STOPPED:
+                    self.tally.stopped += 1
+                else:
+                    self.tally.errors[refusal.reason] += 1
             except grpc.aio.AioRpcError as error:
                 self.tally.errors[error.code().name] += 1
             self.tally.orders += 1

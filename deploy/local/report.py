@@ -18,6 +18,7 @@ def figures(book: Book, tally: Tally, truth: Truth, pods: dict[str, list[str]]) 
         "held": tally.held,
         "confirmed": tally.confirmed,
         "refused": tally.refused,
+        "stopped": tally.stopped,
         "returned_units": tally.returned_units,
         "corrections": tally.corrections,
         "refused_corrections": tally.refused_corrections,
@@ -63,6 +64,7 @@ def show(console: Console, result: dict[str, Any]) -> None:
     row("held", result["held"], "reservations that got all they asked for")
     row("confirmed", result["confirmed"], f"{result['sold_units']:,} units sold")
     row("refused", result["refused"], "sold out: an answer, not an error")
+    row("stopped", result["stopped"], "by antifraud: blocked, or above a limit")
     row("expired", result["expired_units"], "units whose time came")
     row("returned", result["returned_units"], "units")
     refused = f"{result['refused_corrections']:,} refused, as they would take what is not there"
