@@ -205,6 +205,14 @@ class Bench:
                 followed = self._reserve("Reserve, relays and consumers on", pods)
                 self._ratio("events_tax", followed.rate / without.rate)
 
+    def fraud_tax(self, pods: Holdfasts) -> None:
+        """With what antifraud decides enforced, over not; the callers say who they are in both."""
+        with stage.holdfast(self._stack, "unguarded", skus=SKUS, enforcement="off") as unguarded:
+            for _ in range(self._scale.pairs):
+                without = self._reserve("Reserve for people, enforcement off", unguarded, "reserve-people")
+                guarded = self._reserve("Reserve for people, enforcement on", pods, "reserve-people")
+                self._ratio("fraud_tax", guarded.rate / without.rate)
+
     def following(self, capacity: float) -> None:
         """What one consumer applies a second, of the events that all runs so far have made."""
         for name, topics, key in (
@@ -273,6 +281,7 @@ class Bench:
         with contextlib.ExitStack() as open_:
             pods = open_.enter_context(stage.holdfast(self._stack, "bench", skus=SKUS, analytics=True))
             self.events_tax(pods)
+            self.fraud_tax(pods)
             with stage.echo() as echo:
                 with stage.usual(self._stack, skus=SKUS) as usual:
                     capacity, ceiling = self.against_echo_and_the_usual_way(pods, echo, usual)
@@ -280,6 +289,9 @@ class Bench:
             self.stage(pods, ceiling)
             self.overload(pods, capacity)
             made = asyncio.run(stage.outcomes(pods, time.monotonic() - began))
+            self._progress.update(self._task, description="a backtest of the default rules")
+            _settle()
+            self.results.notes["backtest_per_s"] = round(asyncio.run(analytics.backtested(pods.databases["analytics"])))
         self.following(capacity)
         self.history()
         self.pairs()

@@ -11,7 +11,9 @@ import asyncpg
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from holdfast.analytics.v1 import analytics_pb2 as pb
 
-from services.analytics import history, reports
+from services.analytics import history, reports, rules
+from services.analytics.backtest import Trial, backtest
+from services.analytics.judge import Effect, Policy
 from services.analytics.projection import Projection
 from services.analytics.reports import Range, Report
 from shared import partitions
@@ -160,4 +162,18 @@ async def events_per_second(dsn: str, bootstrap: str, topics: Sequence[str], sec
         return events / (time.perf_counter() - began)
     finally:
         await consumer.stop()
+        await database.close()
+
+
+async def backtested(dsn: str) -> float:
+    """Events a second that the default rules are backtested on: those that were judged so far."""
+    database = await Database.connect(dsn, name="bench", timeout_seconds=120)
+    active = [rules.rule(message) for message, state in rules.defaults() if state == "ACTIVE"]
+    trial = Trial([rule for rule in active if rule.effect is Effect.SCORE], Policy(50, 100, 900), 0)
+    until = datetime.now(UTC) + timedelta(hours=1)
+    try:
+        began = time.perf_counter()
+        events = [done async for done, _ in backtest(database, [trial], START, until)][-1]
+        return events / (time.perf_counter() - began)
+    finally:
         await database.close()

@@ -43,6 +43,7 @@ TARGETS = {
     "projection_vs_reserve": Target("movements/s that one consumer of analytics applies over Reserve/s", 10),
     "stock_at_growth": Target("stock at a past instant, a long history over a short one", 1.5, most=True),
     "events_tax": Target("Reserve/s with relay and consumers over without", 0.9),
+    "fraud_tax": Target("Reserve/s with antifraud enforced over not", 0.97),
     "skus_1m_vs_1k": Target("CPU a Reserve at many SKUs over few", 1.15, most=True),
     "ledger_growth": Target("CPU a Reserve with a long ledger over a short one", 1.10, most=True),
     "two_pods_vs_one": Target("CPU a Reserve with two reservation pods over one", 1.15, most=True),

@@ -107,6 +107,7 @@ def holdfast(
     reservation_pods: int = PODS,
     role: str = "all",
     analytics: bool = False,
+    enforcement: str = "open",
 ) -> Iterator[Holdfasts]:
     """Two pods of each service on databases of their own, with stock of `skus` and a history of `movements`.
 
@@ -115,7 +116,9 @@ def holdfast(
     """
     services = [
         service._replace(
-            database=f"{name}_{service.name}", pods=reservation_pods if service.name == "reservation" else PODS
+            database=f"{name}_{service.name}",
+            pods=reservation_pods if service.name == "reservation" else PODS,
+            settings={"HOLDFAST_ENFORCEMENT": enforcement},
         )
         for service in SERVICES
         if analytics or service.name != "analytics"

@@ -60,6 +60,7 @@ def demo(arguments: argparse.Namespace, console: Console, *, stay: bool) -> int:
         result = asyncio.run(_replay(arguments, book, stack, supervisor, console))
         report.show(console, result)
         report.show_reports(console, result["reports"])
+        report.show_cases(console, result)
         file = arguments.root / "demo.json"
         file.write_text(json.dumps(result, indent=2) + "\n")
         console.print(f"\nAll figures are in {os.path.relpath(file)}.")

@@ -7,6 +7,7 @@ from typing import Any
 
 import asyncpg
 from holdfast.analytics.v1 import analytics_pb2 as pb
+from holdfast.analytics.v1 import fraud_pb2 as fraud
 
 from shared.client import Holdfast
 
@@ -14,6 +15,7 @@ CATCH_UP_SECONDS_MAX = 120
 EVER = pb.TimeRange()
 EVER.start_time.FromDatetime(datetime(2000, 1, 1, tzinfo=UTC))
 TOP_ROWS = 5
+CASES_MAX = 1_000
 
 STOCK = "SELECT sku, location, on_hand, held, version FROM stock ORDER BY sku, location"
 MART = STOCK.replace("stock ", "stock_view ")
@@ -21,11 +23,11 @@ LEDGER = "SELECT count(*), coalesce(sum(on_hand_delta), 0)::bigint, coalesce(sum
 
 
 async def caught_up(holdfast: Holdfast) -> float:
-    """Wait until analytics has all that was recorded by now; return how many seconds it took."""
+    """Wait until analytics has seen and judged all that was recorded by now; return how many seconds it took."""
     began, now = time.monotonic(), datetime.now(UTC)
     while True:
         answer = await holdfast.freshness()
-        if answer.freshness.as_of.ToDatetime(tzinfo=UTC) > now:
+        if min(answer.freshness.as_of.ToDatetime(tzinfo=UTC), answer.judge_time.ToDatetime(tzinfo=UTC)) > now:
             return time.monotonic() - began
         if time.monotonic() - began > CATCH_UP_SECONDS_MAX:
             raise TimeoutError(f"analytics has not caught up within {CATCH_UP_SECONDS_MAX} s")
@@ -52,12 +54,28 @@ async def analyse(holdfast: Holdfast, inventory_dsn: str, analytics_dsn: str) ->
     months = await holdfast.report("ReportSales", pb.ReportSalesRequest(range=EVER, period=pb.PERIOD_MONTH))
     top = await holdfast.report("ReportTopSkus", pb.ReportTopSkusRequest(range=EVER, page_size=TOP_ROWS), pages_max=1)
     funnel = await holdfast.report("ReportFunnel", pb.ReportFunnelRequest(range=EVER, period=pb.PERIOD_MONTH))
+    cases = await holdfast.fraud.ListCases(fraud.ListCasesRequest(page_size=CASES_MAX, state=fraud.CASE_STATE_OPEN))
     return {
         "events_lag_ms": {"p50": fresh.lag_ms_p50, "p95": fresh.lag_ms_p95, "p99": fresh.lag_ms_p99},
         "catch_up_seconds": round(seconds, 2),
         "mart_equals_ledger": await mart_equals_ledger(inventory_dsn, analytics_dsn),
         "sales_by_month": {row.period[:7]: row.value_micros / 1_000_000 for row in months},
+        "cases": len(cases.cases),
+        "top_cases": [_case(case) for case in sorted(cases.cases, key=lambda case: -case.score)[:TOP_ROWS]],
         "reports": {"sales": _rows(months), "top_skus": _rows(top), "funnel": _rows(funnel)},
+    }
+
+
+def _case(case: fraud.Case) -> dict[str, Any]:
+    return {
+        "case_id": case.case_id,
+        "subject": case.subject,
+        "decision": fraud.Decision.Name(case.decision).removeprefix("DECISION_"),
+        "score": case.score,
+        "reservation_ids": list(case.reservation_ids),
+        "units": case.units,
+        "open_time": case.open_time.ToJsonString(),
+        "rules": {fired.rule_id: round(fired.value, 1) for fired in case.rules},
     }
 
 

@@ -8,6 +8,8 @@ from rich.table import Table
 from deploy.local.orders import Book
 from deploy.local.replay import Tally, Truth
 
+SUBJECT_SHOWN = 18  # of a keyed hash: enough to tell it from others
+
 
 def figures(book: Book, tally: Tally, truth: Truth, pods: dict[str, list[str]]) -> dict[str, Any]:
     """Every figure of the run; units of latency are milliseconds."""
@@ -128,6 +130,24 @@ def show_reports(console: Console, reports: dict[str, list[dict[str, Any]]]) -> 
             for row in reports["funnel"]
         ],
     )  # fmt: skip
+
+
+def show_cases(console: Console, result: dict[str, Any]) -> None:
+    """Print the cases with the highest scores."""
+    table = Table(
+        title=f"Cases that antifraud opened: {result['cases']:,}", title_justify="left", box=None,
+        padding=(0, 2, 0, 0), header_style="dim",
+    )  # fmt: skip
+    for name in ("order of", "score", "decision", "subject", "units", "why"):
+        table.add_column(name, justify="right" if name in {"score", "units"} else "left", no_wrap=True)
+    for case in result["top_cases"]:
+        why = "\n".join(f"{rule} {value:,g}" for rule, value in case["rules"].items())
+        table.add_row(
+            case["open_time"][:10], str(case["score"]), case["decision"], f"{case['subject'][:SUBJECT_SHOWN]}..",
+            f"{case['units']:,}", why,
+        )  # fmt: skip
+    console.print()
+    console.print(table)
 
 
 def _milliseconds(duration: str) -> str:

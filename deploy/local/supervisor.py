@@ -13,12 +13,12 @@ import sys
 import threading
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import NamedTuple, Self
 
 import grpc
@@ -35,6 +35,7 @@ class Service(NamedTuple):
     module: str
     calls: tuple[str, ...] = ()
     pods: int = 2
+    settings: Mapping[str, str] = MappingProxyType({})  # environment of its own, over what is said elsewhere
 
 
 SERVICES = (
@@ -273,6 +274,7 @@ class Supervisor:
         return (
             own
             | os.environ
+            | dict(service.settings)
             | {
                 "HOLDFAST_DATABASE_DSN": self._stack.postgres_dsn(service.database),
                 "HOLDFAST_REDIS_URL": self._stack.redis_url,

@@ -33,7 +33,8 @@ SELECT coalesce(min(bucket) FILTER (WHERE passed >= 0.50 * whole), 0) AS p50,
        coalesce(min(bucket) FILTER (WHERE passed >= 0.95 * whole), 0) AS p95,
        coalesce(min(bucket) FILTER (WHERE passed >= 0.99 * whole), 0) AS p99,
        (SELECT coalesce(sum(next_offset), 0)::bigint FROM consumed) AS events,
-       (SELECT drift_units FROM reconciled) AS drift_units, (SELECT reconciled_at FROM reconciled) AS reconciled_at
+       (SELECT drift_units FROM reconciled) AS drift_units, (SELECT reconciled_at FROM reconciled) AS reconciled_at,
+       (SELECT greatest(min(complete_until), to_timestamp(0)) FROM desk.judged_partition) AS judged_until
 FROM running
 """
 REACHED = """
@@ -98,6 +99,7 @@ class Lag(NamedTuple):
     events: int
     drift_units: int
     reconciled_at: datetime
+    judged_until: datetime
 
 
 async def freshness(connection: Connection) -> Freshness:
@@ -115,7 +117,7 @@ async def lag(connection: Connection) -> Lag:
     row = await connection.fetchrow(LAG)
     assert row is not None
     p50, p95, p99 = (round(LAG_BASE ** row[share], 1) for share in ("p50", "p95", "p99"))
-    return Lag(p50, p95, p99, row["events"], row["drift_units"], _moment(row["reconciled_at"]))
+    return Lag(p50, p95, p99, row["events"], row["drift_units"], _moment(row["reconciled_at"]), row["judged_until"])
 
 
 async def await_time(database: Database, time: datetime, seconds: float) -> None:

@@ -98,6 +98,7 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
         return pb.GetFreshnessResponse(
             freshness=_freshness(fresh), lag_ms_p50=lag.p50, lag_ms_p95=lag.p95, lag_ms_p99=lag.p99, events=lag.events,
             drift_units=lag.drift_units, reconcile_time=timestamp(lag.reconciled_at),
+            judge_time=timestamp(lag.judged_until),
         )  # fmt: skip
 
     # -- reports ----------------------------------------------------------------------------------
