@@ -4,6 +4,7 @@ import base64
 import binascii
 import hashlib
 import json
+from datetime import datetime
 
 from shared.refusal import Refusal
 
@@ -38,3 +39,14 @@ def decode(token: str, filters: object, fields: int) -> list[str] | None:
     if digest != _digest(filters) or not well:
         raise Refusal("PAGE_TOKEN_INVALID", "the page token is not of this list")
     return [str(part) for part in position]
+
+
+def instant(text: str) -> datetime:
+    """A time out of a position. Raises Refusal PAGE_TOKEN_INVALID."""
+    try:
+        time = datetime.fromisoformat(text)
+    except ValueError:
+        time = None
+    if time is None or time.tzinfo is None:
+        raise Refusal("PAGE_TOKEN_INVALID", "the page token is not of this list")
+    return time

@@ -9,8 +9,10 @@ from typing import Any
 
 import redis.asyncio as redis
 import uvloop
-from holdfast.analytics.v1 import analytics_pb2, analytics_pb2_grpc
+from holdfast.analytics.v1 import analytics_pb2, analytics_pb2_grpc, notification_pb2, notification_pb2_grpc
 
+from services.analytics.delivery import channels
+from services.analytics.notification_servicer import NotificationServicer
 from services.analytics.rebuild import rebuild
 from services.analytics.servicer import ERRORS, Servicer
 from services.analytics.settings import Settings
@@ -19,7 +21,10 @@ from shared import logs, server
 from shared.database import Database
 from shared.settings import load
 
-NAME = analytics_pb2.DESCRIPTOR.services_by_name["AnalyticsService"].full_name
+NAMES = [
+    analytics_pb2.DESCRIPTOR.services_by_name["AnalyticsService"].full_name,
+    notification_pb2.DESCRIPTOR.services_by_name["NotificationService"].full_name,
+]
 
 
 async def run(settings: Settings, role: str) -> None:
@@ -40,16 +45,21 @@ async def run(settings: Settings, role: str) -> None:
     )
     client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
     api = role in {"api", "all"}
-    services = [NAME] if api else []
+    services = NAMES if api else []
+    adapters = channels(settings)
 
     def register(target: Any) -> None:
         if api:
             analytics_pb2_grpc.add_AnalyticsServiceServicer_to_server(Servicer(settings, reads), target)
+            notifications = NotificationServicer(settings, reads, adapters)
+            notification_pb2_grpc.add_NotificationServiceServicer_to_server(notifications, target)
 
-    workers = Workers(settings, writes, client).run() if role in {"worker", "all"} else None
+    workers = Workers(settings, writes, client, adapters).run() if role in {"worker", "all"} else None
     try:
         await server.run(settings, ERRORS, register, services, workers)
     finally:
+        for adapter in adapters.values():
+            await adapter.close()
         await client.aclose()
         await writes.close()
         await reads.close()

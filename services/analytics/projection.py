@@ -14,6 +14,7 @@ import structlog
 from aiokafka import TopicPartition
 
 from services.analytics import codec, domain, store
+from services.analytics.alerts import Crossings
 from services.analytics.domain import KnownReservation, Movement, Reservation
 from services.analytics.store import Place
 from shared import partitions, watermark
@@ -27,10 +28,11 @@ NEVER = datetime.min.replace(tzinfo=UTC)
 
 
 class Projection:
-    """Applies events to a database."""
+    """Applies events to a database, and with `crossings` opens and closes the alerts that they call for."""
 
-    def __init__(self, database: Database) -> None:
+    def __init__(self, database: Database, crossings: Crossings | None = None) -> None:
         self._database = database
+        self._crossings = crossings
         self._made: set[tuple[str, datetime]] = set()
 
     async def positions(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
@@ -101,7 +103,7 @@ class Projection:
         )
         await self._run(
             place,
-            lambda connection: write_movements(connection, place.partition, movements),
+            lambda connection: write_movements(connection, place.partition, movements, self._crossings),
             [movement.recorded_at for movement in movements],
         )
 
@@ -127,7 +129,9 @@ class Projection:
             self._made.add((table, month))
 
 
-async def write_movements(connection: Connection, partition: int, movements: Sequence[Movement]) -> None:
+async def write_movements(
+    connection: Connection, partition: int, movements: Sequence[Movement], crossings: Crossings | None = None
+) -> None:
     """Write the movements that are their keys' next, in the transaction that has locked the partition."""
     if not movements:
         return
@@ -136,6 +140,8 @@ async def write_movements(connection: Connection, partition: int, movements: Seq
     for (sku, location), version in applied.gaps.items():
         log.warning("key stops at a gap", sku=sku, location=location, missing_version=version)
     await store.write_movements(connection, partition, applied, known)
+    if crossings:
+        await crossings.judge(connection, applied, known)
 
 
 async def _write_reservations(connection: Connection, reservations: Sequence[Reservation]) -> None:

@@ -44,6 +44,15 @@ ERRORS = ErrorMap(
         Reason.OVERLOADED: _CODES.RESOURCE_EXHAUSTED,
         Reason.DATABASE_UNAVAILABLE: _CODES.UNAVAILABLE,
         Reason.STOPPING: _CODES.UNAVAILABLE,
+        Reason.REQUEST_ID_REUSED: _CODES.FAILED_PRECONDITION,
+        Reason.ALERT_RULE_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.ALERT_RULE_ALREADY_EXISTS: _CODES.ALREADY_EXISTS,
+        Reason.SUBSCRIPTION_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.SUBSCRIPTION_ALREADY_EXISTS: _CODES.ALREADY_EXISTS,
+        Reason.SUBSCRIPTION_DELETED: _CODES.FAILED_PRECONDITION,
+        Reason.DELIVERY_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.DELIVERY_NOT_DEAD: _CODES.FAILED_PRECONDITION,
+        Reason.LIMIT_REACHED: _CODES.RESOURCE_EXHAUSTED,
     },
 )
 Answer = TypeVar("Answer", bound=Message)
@@ -196,7 +205,7 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
         report = build(request, now)
         after = pages.decode(request.page_token, bound, len(report.keys) + 1)
         if after:
-            now = _instant(after.pop())
+            now = pages.instant(after.pop())
             report = build(request, now)
         size = pages.size(request.page_size)
         async with self._turn(), self._database.connection() as connection:
@@ -238,16 +247,6 @@ def _range(value: pb.TimeRange, now: datetime) -> Range:
     if end <= start:
         raise check.invalid("range.end_time", "must be after start_time")
     return Range(start, end, check.text(value.time_zone, "range.time_zone", 64) or "UTC")
-
-
-def _instant(text: str) -> datetime:
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        instant = None
-    if instant is None or instant.tzinfo is None:
-        raise Refusal(Reason.PAGE_TOKEN_INVALID, "the page token is not of this list")
-    return instant
 
 
 def _filter(value: pb.SalesFilter) -> None:
