@@ -17,7 +17,7 @@ from typing import Any, Self, TypeVar
 
 import grpc
 from google.protobuf.duration_pb2 import Duration
-from holdfast.analytics.v1 import analytics_pb2, analytics_pb2_grpc, fraud_pb2_grpc
+from holdfast.analytics.v1 import analytics_pb2, analytics_pb2_grpc, fraud_pb2_grpc, notification_pb2_grpc
 from holdfast.inventory.v1 import inventory_pb2, inventory_pb2_grpc
 from holdfast.reservation.v1 import reservation_pb2, reservation_pb2_grpc
 
@@ -41,6 +41,7 @@ class Holdfast:
         self.reservation = reservation_pb2_grpc.ReservationServiceStub(self._channels[1])
         self.analytics = analytics_pb2_grpc.AnalyticsServiceStub(self._channels[-1])
         self.fraud = fraud_pb2_grpc.FraudServiceStub(self._channels[-1])
+        self.notifications = notification_pb2_grpc.NotificationServiceStub(self._channels[-1])
         self.pods: Counter[str] = Counter()
 
     async def __aenter__(self) -> Self:

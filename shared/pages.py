@@ -42,7 +42,7 @@ def decode(token: str, filters: object, fields: int) -> list[str] | None:
     return [str(part) for part in position]
 
 
-def time(text: str) -> datetime:
+def instant(text: str) -> datetime:
     """A part of a position that is a time, as isoformat() writes it. Raises Refusal PAGE_TOKEN_INVALID."""
     try:
         found = datetime.fromisoformat(text)

@@ -123,5 +123,10 @@ async def analytics_db(analytics_dsn: str) -> AsyncIterator[Database]:
         )
         await connection.execute("UPDATE desk.judged SET seq = 0, rules_changed = rules_changed + 1")
         await connection.execute("UPDATE aging SET aged_to = date_trunc('hour', now())")
+        await connection.execute("UPDATE reconciled SET reconciled_at = '-infinity', keys = 0, drift_units = 0")
+        await connection.execute(
+            "TRUNCATE desk.alert_rule, desk.alert, desk.alert_event, desk.subscription, desk.target, desk.delivery,"
+            " desk.attempt, desk.request"
+        )
     yield database
     await database.close()

@@ -279,6 +279,7 @@ class Supervisor:
                 "HOLDFAST_DATABASE_DSN": self._stack.postgres_dsn(service.database),
                 "HOLDFAST_REDIS_URL": self._stack.redis_url,
                 "HOLDFAST_KAFKA_BOOTSTRAP": self._stack.kafka_bootstrap,
+                "HOLDFAST_NOTIFICATION_DIRECTORY": str(self._stack.root / "notifications"),
                 "PYTHONUNBUFFERED": "1",
             }
         )

@@ -9,9 +9,18 @@ from typing import Any
 
 import redis.asyncio as redis
 import uvloop
-from holdfast.analytics.v1 import analytics_pb2, analytics_pb2_grpc, fraud_pb2, fraud_pb2_grpc
+from holdfast.analytics.v1 import (
+    analytics_pb2,
+    analytics_pb2_grpc,
+    fraud_pb2,
+    fraud_pb2_grpc,
+    notification_pb2,
+    notification_pb2_grpc,
+)
 
+from services.analytics.delivery import channels
 from services.analytics.fraud_servicer import FraudServicer
+from services.analytics.notification_servicer import NotificationServicer
 from services.analytics.rebuild import rebuild
 from services.analytics.servicer import ERRORS, Servicer
 from services.analytics.settings import Settings
@@ -24,6 +33,7 @@ from shared.settings import load
 APIS = (
     analytics_pb2.DESCRIPTOR.services_by_name["AnalyticsService"].full_name,
     fraud_pb2.DESCRIPTOR.services_by_name["FraudService"].full_name,
+    notification_pb2.DESCRIPTOR.services_by_name["NotificationService"].full_name,
 )
 
 
@@ -47,16 +57,21 @@ async def run(settings: Settings, role: str) -> None:
     api = role in {"api", "all"}
     services = APIS if api else ()
     turns = Turns(settings.reports_max, settings.reports_waiting_max)
+    adapters = channels(settings)
 
     def register(target: Any) -> None:
         if api:
             analytics_pb2_grpc.add_AnalyticsServiceServicer_to_server(Servicer(settings, reads, turns), target)
             fraud_pb2_grpc.add_FraudServiceServicer_to_server(FraudServicer(settings, reads, turns), target)
+            notifications = NotificationServicer(settings, reads, adapters)
+            notification_pb2_grpc.add_NotificationServiceServicer_to_server(notifications, target)
 
-    workers = Workers(settings, writes, client).run() if role in {"worker", "all"} else None
+    workers = Workers(settings, writes, client, adapters).run() if role in {"worker", "all"} else None
     try:
         await server.run(settings, ERRORS, register, services, workers)
     finally:
+        for adapter in adapters.values():
+            await adapter.close()
         await client.aclose()
         await writes.close()
         await reads.close()

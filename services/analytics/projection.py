@@ -13,6 +13,7 @@ import structlog
 from aiokafka import TopicPartition
 
 from services.analytics import cases, codec, domain, store
+from services.analytics.alerts import Crossings
 from services.analytics.domain import KnownReservation, Movement, Reservation
 from services.analytics.store import Place
 from shared import partitions, watermark
@@ -25,11 +26,11 @@ Item = TypeVar("Item")
 
 
 class Projection:
-    """Applies events to a database. What is new is also told to the desk, where it is `live`."""
+    """Applies events to a database. With `crossings` it is the live one, and the desk is told as well."""
 
-    def __init__(self, database: Database, *, live: bool = True) -> None:
+    def __init__(self, database: Database, crossings: Crossings | None = None) -> None:
         self._database = database
-        self._live = live
+        self._crossings = crossings
         self._made: set[tuple[str, datetime]] = set()
 
     async def positions(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
@@ -83,7 +84,7 @@ class Projection:
         )
         await self._run(
             place,
-            lambda connection: write_movements(connection, place.partition, movements, live=self._live),
+            lambda connection: write_movements(connection, place.partition, movements, self._crossings),
             [movement.recorded_at for movement in movements],
         )
 
@@ -110,7 +111,7 @@ class Projection:
 
 
 async def write_movements(
-    connection: Connection, partition: int, movements: Sequence[Movement], *, live: bool = True
+    connection: Connection, partition: int, movements: Sequence[Movement], crossings: Crossings | None = None
 ) -> None:
     """Write the movements that are their keys' next, in the transaction that has locked the partition."""
     if not movements:
@@ -120,13 +121,15 @@ async def write_movements(
     for (sku, location), version in applied.gaps.items():
         log.warning("key stops at a gap", sku=sku, location=location, missing_version=version)
     await store.write_movements(connection, partition, applied, known)
-    returned = [
-        (m.reference, m.sku, m.location, m.version, m.occurred_at, m.on_hand_delta)
-        for m, _ in applied.rows
-        if m.kind == "RETURN" and m.reference
-    ]
-    if live and returned:
-        await cases.queue_returned(connection, returned)
+    if crossings:
+        await crossings.judge(connection, applied, known)
+        returned = [
+            (m.reference, m.sku, m.location, m.version, m.occurred_at, m.on_hand_delta)
+            for m, _ in applied.rows
+            if m.kind == "RETURN" and m.reference
+        ]
+        if returned:
+            await cases.queue_returned(connection, returned)
 
 
 async def _write_reservations(connection: Connection, reservations: Sequence[Reservation]) -> None:

@@ -105,7 +105,7 @@ async def _fill(settings: Settings, database: Database) -> int:
         enable_auto_commit=False,
         auto_offset_reset="earliest",
     )
-    projection = Projection(database, live=False)
+    projection = Projection(database)
     at: dict[TopicPartition, int] = {}
     read, bar = 0, Bar()
 

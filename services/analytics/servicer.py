@@ -47,6 +47,14 @@ ERRORS = ErrorMap(
         Reason.CASE_NOT_FOUND: _CODES.NOT_FOUND,
         Reason.CASE_CLOSED: _CODES.FAILED_PRECONDITION,
         Reason.REQUEST_ID_REUSED: _CODES.FAILED_PRECONDITION,
+        Reason.ALERT_RULE_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.ALERT_RULE_ALREADY_EXISTS: _CODES.ALREADY_EXISTS,
+        Reason.SUBSCRIPTION_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.SUBSCRIPTION_ALREADY_EXISTS: _CODES.ALREADY_EXISTS,
+        Reason.SUBSCRIPTION_DELETED: _CODES.FAILED_PRECONDITION,
+        Reason.DELIVERY_NOT_FOUND: _CODES.NOT_FOUND,
+        Reason.DELIVERY_NOT_DEAD: _CODES.FAILED_PRECONDITION,
+        Reason.LIMIT_REACHED: _CODES.RESOURCE_EXHAUSTED,
     },
 )
 Answer = TypeVar("Answer", bound=Message)
@@ -199,7 +207,7 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
         report = build(request, now)
         after = pages.decode(request.page_token, bound, len(report.keys) + 1)
         if after:
-            now = pages.time(after.pop())
+            now = pages.instant(after.pop())
             report = build(request, now)
         size = pages.size(request.page_size)
         async with self._turns.turn(), self._database.connection() as connection:

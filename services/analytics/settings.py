@@ -1,6 +1,6 @@
 """What an analytics pod reads from its environment, beside what every pod does."""
 
-from pydantic import Field
+from pydantic import Field, SecretStr
 
 from shared import settings
 
@@ -27,3 +27,24 @@ class Settings(settings.Settings):
     fraud_history_signals: int = Field(
         default=200_000, ge=1, description="Signals that a judge begins with: its windows and histories."
     )
+
+    alert_sweep_seconds: float = Field(default=30, gt=0, description="Between sweeps for cover and for new rules.")
+    alert_poll_seconds: float = Field(default=1, gt=0, description="Between looks at lag, drift and dead deliveries.")
+    alert_dlq_poll_seconds: float = Field(default=10, gt=0, description="Between looks at the dead letter topics.")
+    notify_poll_seconds: float = Field(default=0.25, gt=0, description="Between looks for what is to be told or sent.")
+    notify_send_seconds_max: float = Field(default=10, gt=0, description="For one attempt to send a message.")
+    notify_attempts_max: int = Field(default=8, ge=1, description="Attempts, after which a delivery is dead.")
+    notify_backoff_seconds: float = Field(default=2, gt=0, description="Most before the second attempt; then doubled.")
+    notify_backoff_seconds_max: float = Field(default=900, gt=0, description="Most before any attempt.")
+    notify_circuit_failures_max: int = Field(default=5, ge=1, description="Failures in a row that spare a target.")
+    notify_circuit_seconds: float = Field(default=30, gt=0, description="For which such a target is spared.")
+    notify_minute_messages_max: int = Field(default=60, ge=1, description="Attempts a minute at one target.")
+    notify_retention_days: int = Field(default=90, ge=1, description="Closed alerts and deliveries are kept so long.")
+    notification_directory: str = Field(default="", description="Where the file channel writes; empty: nowhere.")
+    webhook_private: bool = Field(default=False, description="Whether targets may have addresses that are not public.")
+    smtp_host: str = Field(default="", description="The SMTP server; empty: no mail.")
+    smtp_port: int = Field(default=587, ge=1, le=65535)
+    smtp_user: str = Field(default="", description="Empty: without authentication.")
+    smtp_password: SecretStr = SecretStr("")
+    smtp_from: str = Field(default="holdfast@localhost", description="The sender's address.")
+    smtp_starttls: bool = Field(default=True, description="Whether to insist on TLS.")

@@ -16,8 +16,11 @@ import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from services.analytics import cases, codec, fraud, history, store
+from services.analytics.alerts import Crossings
+from services.analytics.channels import Channel
 from services.analytics.domain import Key, Movement
 from services.analytics.fraud import Engine
+from services.analytics.notification_workers import NotificationWorkers
 from services.analytics.projection import Projection, write_movements
 from services.analytics.settings import Settings
 from shared import outbox, partitions, watermark, workers
@@ -41,10 +44,14 @@ RECONCILE_REST = 9
 class Workers:
     """Tasks that `run` keeps going until it is cancelled."""
 
-    def __init__(self, settings: Settings, database: Database, client: redis.Redis) -> None:
+    def __init__(
+        self, settings: Settings, database: Database, client: redis.Redis, adapters: Mapping[str, Channel]
+    ) -> None:
         self._settings = settings
         self._database = database
         self._redis = client
+        self._crossings = Crossings()
+        self._notifications = NotificationWorkers(settings, database, adapters)
         self._unhealed: dict[int, tuple[float, float]] = {}
         self._engine = Engine(database, settings)
         self._judging = Consumer(
@@ -74,6 +81,7 @@ class Workers:
                 settings.relay_poll_seconds,
                 outbox.source(cases.OUTBOX),
             ),
+            **self._notifications.works(),
         }
         async with asyncio.TaskGroup() as group:
             group.create_task(workers.restarting("projection", self._follower().run))
@@ -83,7 +91,7 @@ class Workers:
                 )
 
     def _follower(self) -> Consumer:
-        projection = Projection(self._database)
+        projection = Projection(self._database, self._crossings)
         return Consumer(
             self._settings.kafka_bootstrap,
             codec.TOPICS,
@@ -111,7 +119,7 @@ class Workers:
             since, wait = self._unhealed.get(partition, (0.0, 0.0))
             if now - since < wait:
                 continue
-            healed = await heal(self._database, self._settings.kafka_bootstrap, partition)
+            healed = await heal(self._database, self._settings.kafka_bootstrap, partition, self._crossings)
             log.info("gaps healed", partition=partition, keys=healed)
             # What is missing may never come: each time in vain the next is further away.
             self._unhealed[partition] = (now, 0 if healed else min(max(wait * 2, 1), HEAL_SECONDS_MAX))
@@ -163,7 +171,7 @@ async def reconcile(database: Database, keys_max: int = RECONCILE_KEYS) -> tuple
     return keys, units
 
 
-async def heal(database: Database, bootstrap: str, partition: int) -> int:
+async def heal(database: Database, bootstrap: str, partition: int, crossings: Crossings | None = None) -> int:
     """Read a partition of movements again for what its stopped keys are missing; return how many go on.
 
     Most of it is read beforehand. The rest, up to where live events have got to, is read under the partition's
@@ -179,7 +187,8 @@ async def heal(database: Database, bootstrap: str, partition: int) -> int:
         async def work(connection: Connection) -> int:
             movements = await read_until(await store.lock_partition(connection, codec.MOVEMENTS_TOPIC, partition))
             await store.delete_gaps(connection, stopped)
-            await write_movements(connection, partition, sorted(movements, key=lambda movement: movement.version))
+            missing = sorted(movements, key=lambda movement: movement.version)
+            await write_movements(connection, partition, missing, crossings)
             return len(stopped.keys() - (await store.gaps(connection, partition)).keys())
 
         return await database.run(work)

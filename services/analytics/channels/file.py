@@ -1,0 +1,39 @@
+"""Files of JSON lines, for trying things out and for programs that watch a file."""
+
+import asyncio
+import re
+from pathlib import Path
+
+from services.analytics.alerting import Outcome
+from services.analytics.channels import BadConfigError, Config, Described, Message
+
+NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
+
+
+class File:
+    """Appends a message's content as one line; two that write at once do not mix."""
+
+    def __init__(self, directory: str) -> None:
+        self._directory = directory
+
+    def describe(self, config: Config) -> Described:
+        if not self._directory:
+            raise BadConfigError("name", "cannot be used: the service is set to no directory")
+        if not NAME.fullmatch(config["name"]):
+            raise BadConfigError("name", "must be 1 to 64 characters of A-Z a-z 0-9 _ -")
+        return Described(config["name"], f"file:{config['name']}.jsonl")
+
+    async def send(self, config: Config, message: Message) -> Outcome:
+        if not self._directory:
+            return Outcome("NO_DIRECTORY", permanent=True)
+        await asyncio.to_thread(self._append, config["name"], f"{message.content}\n")
+        return Outcome()
+
+    async def close(self) -> None:
+        """Nothing stays open."""
+
+    def _append(self, name: str, line: str) -> None:
+        directory = Path(self._directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        with (directory / f"{name}.jsonl").open("a", encoding="utf-8") as file:
+            file.write(line)
