@@ -125,7 +125,9 @@ class FraudServicer(fraud_pb2_grpc.FraudServiceServicer):
         statement: sa.Select[Any] = sa.select(sa.literal_column("*")).select_from(CASE)
         statement = statement.order_by(c.created_at.desc(), c.case_id.desc()).limit(size + 1)
         if after:
-            statement = statement.where(sa.tuple_(c.created_at, c.case_id) < sa.tuple_(pages.instant(after[0]), after[1]))
+            statement = statement.where(
+                sa.tuple_(c.created_at, c.case_id) < sa.tuple_(pages.instant(after[0]), after[1])
+            )
         for column, value in ((c.state, state), (c.decision, decision), (c.subject, subject)):
             if value:
                 statement = statement.where(column == value)

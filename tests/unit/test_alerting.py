@@ -1,8 +1,8 @@
 """Alerts open once; quiet hours end; nobody is tried without rest. For all values, rules and times."""
 
-from collections.abc import Mapping
 from dataclasses import replace
 from datetime import UTC, datetime, time, timedelta
+from typing import Any
 
 import pytest
 from hypothesis import given
@@ -187,7 +187,7 @@ def test_what_an_outcome_comes_to(
         ({"locations": ("NORTH",)}, False),
     ],
 )
-def test_who_is_told(wanted: Mapping[str, object], expected: bool) -> None:
+def test_who_is_told(wanted: dict[str, Any], expected: bool) -> None:
     """Filters are joined by "and", what is in one of them by "or"."""
     alert = {
         "kind": "STOCK_OUT", "severity": "WARNING", "sku": "LAMP", "category": "garden/lights", "location": "MAIN",

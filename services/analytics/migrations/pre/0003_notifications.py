@@ -1,8 +1,7 @@
-"""Alert rules, alerts, subscriptions and deliveries, in a schema of their own.
+"""Alert rules, alerts, subscriptions and deliveries, in the schema of what does not follow from the topics.
 
-They do not follow from the topics, so a rebuild, which makes a second schema and swaps it for `public`, must leave
-them alone: it migrates the new schema and finds these here. They are small beside the mart, and on several machines
-they stay together on one.
+A rebuild, which makes a second schema and swaps it for `public`, leaves them alone: it migrates the new schema and
+finds these here. They are small beside the mart, and on several machines they stay together on one.
 """
 
 from alembic import op
@@ -11,7 +10,6 @@ revision = "0003"
 down_revision = "0002"
 
 STATEMENTS = (
-    "CREATE SCHEMA desk",
     # A deleted rule stays, so that its id is not used again and a default does not come back.
     """
     CREATE TABLE desk.alert_rule (
@@ -161,7 +159,7 @@ STATEMENTS = (
 
 
 def upgrade() -> None:
-    if op.get_bind().exec_driver_sql("SELECT to_regnamespace('desk') IS NOT NULL").scalar():
+    if op.get_bind().exec_driver_sql("SELECT to_regclass('desk.alert_rule') IS NOT NULL").scalar():
         return
     for statement in STATEMENTS:
         op.execute(statement)
