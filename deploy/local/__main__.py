@@ -5,6 +5,7 @@ import asyncio
 import contextlib
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -20,7 +21,8 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from deploy.local import orders, report
-from deploy.local.analysis import analyse, caught_up
+from deploy.local.analysis import analyse, caught_up, notified, subscribe
+from deploy.local.receiver import Receiver
 from deploy.local.replay import Replay, look
 from deploy.local.stack import REPOSITORY, Stack, StackError
 from deploy.local.supervisor import Supervisor
@@ -51,16 +53,22 @@ def demo(arguments: argparse.Namespace, console: Console, *, stay: bool) -> int:
     """Replay, say what happened, write demo.json; 0 when nothing was oversold, nothing drifted, no error."""
     book = _book(arguments)
     console.print("[bold]Starting[/] PostgreSQL, Redis, Kafka and two pods of each service")
-    with running(arguments.root, console, fresh=True) as (stack, supervisor):
+    notifications = arguments.root / "notifications"
+    shutil.rmtree(notifications, ignore_errors=True)
+    with (
+        Receiver(notifications / "webhook.jsonl") as receiver,
+        running(arguments.root, console, fresh=True) as (stack, supervisor),
+    ):
         orders.write_rejects(book, arguments.root / "rejects.csv")
         console.print(
             f"[bold]Replaying[/] {len(book.orders):,} orders of {len(book.catalogue):,} SKUs"
             f" with {arguments.opening_stock:,} units each, {arguments.concurrency} at a time"
         )
-        result = asyncio.run(_replay(arguments, book, stack, supervisor, console))
+        result = asyncio.run(_replay(arguments, book, stack, supervisor, receiver, console))
         report.show(console, result)
         report.show_reports(console, result["reports"])
         report.show_cases(console, result)
+        report.show_notifications(console, result, os.path.relpath(notifications))
         file = arguments.root / "demo.json"
         file.write_text(json.dumps(result, indent=2) + "\n")
         console.print(f"\nAll figures are in {os.path.relpath(file)}.")
@@ -72,11 +80,17 @@ def demo(arguments: argparse.Namespace, console: Console, *, stay: bool) -> int:
 
 
 async def _replay(
-    arguments: argparse.Namespace, book: orders.Book, stack: Stack, supervisor: Supervisor, console: Console
+    arguments: argparse.Namespace,
+    book: orders.Book,
+    stack: Stack,
+    supervisor: Supervisor,
+    receiver: Receiver,
+    console: Console,
 ) -> dict[str, Any]:
     columns = (TextColumn("  orders"), BarColumn(40), MofNCompleteColumn(), TimeRemainingColumn())
     async with Holdfast(*(supervisor.targets[name] for name in ("inventory", "reservation", "analytics"))) as holdfast:
         replay = Replay(holdfast, book, run_id=uuid.uuid4().hex[:8], opening_stock=arguments.opening_stock)
+        await subscribe(holdfast, receiver)
         await replay.load()
         await caught_up(holdfast)
         with Progress(*columns, console=console) as progress:
@@ -84,6 +98,7 @@ async def _replay(
             await replay.run(concurrency=arguments.concurrency, done=lambda: progress.advance(task))
         truth = await look(replay.tally, stack.postgres_dsn("inventory"), stack.postgres_dsn("reservation"))
         insights = await analyse(holdfast, stack.postgres_dsn("inventory"), stack.postgres_dsn("analytics"))
+        insights |= await notified(holdfast)
         pods = {
             service: sorted(pod for pod in holdfast.pods if pod.startswith(service)) for service in supervisor.targets
         }

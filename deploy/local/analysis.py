@@ -2,20 +2,26 @@
 
 import asyncio
 import time
+from collections import Counter
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
 import asyncpg
 from holdfast.analytics.v1 import analytics_pb2 as pb
 from holdfast.analytics.v1 import fraud_pb2 as fraud
+from holdfast.analytics.v1 import notification_pb2 as notification
 
+from deploy.local.receiver import Receiver
 from shared.client import Holdfast
 
 CATCH_UP_SECONDS_MAX = 120
 EVER = pb.TimeRange()
 EVER.start_time.FromDatetime(datetime(2000, 1, 1, tzinfo=UTC))
 TOP_ROWS = 5
-CASES_MAX = 1_000
+NOTIFY_SECONDS_MAX = 30
+NOTIFY_LOOK_SECONDS = 0.2
+NOTIFY_QUIET_LOOKS = 6  # in a row: an alert is a message a moment later
 
 STOCK = "SELECT sku, location, on_hand, held, version FROM stock ORDER BY sku, location"
 MART = STOCK.replace("stock ", "stock_view ")
@@ -54,16 +60,79 @@ async def analyse(holdfast: Holdfast, inventory_dsn: str, analytics_dsn: str) ->
     months = await holdfast.report("ReportSales", pb.ReportSalesRequest(range=EVER, period=pb.PERIOD_MONTH))
     top = await holdfast.report("ReportTopSkus", pb.ReportTopSkusRequest(range=EVER, page_size=TOP_ROWS), pages_max=1)
     funnel = await holdfast.report("ReportFunnel", pb.ReportFunnelRequest(range=EVER, period=pb.PERIOD_MONTH))
-    cases = await holdfast.fraud.ListCases(fraud.ListCasesRequest(page_size=CASES_MAX, state=fraud.CASE_STATE_OPEN))
+    cases = await _all(
+        holdfast.fraud.ListCases, fraud.ListCasesRequest(page_size=1_000, state=fraud.CASE_STATE_OPEN), "cases"
+    )
     return {
         "events_lag_ms": {"p50": fresh.lag_ms_p50, "p95": fresh.lag_ms_p95, "p99": fresh.lag_ms_p99},
         "catch_up_seconds": round(seconds, 2),
         "mart_equals_ledger": await mart_equals_ledger(inventory_dsn, analytics_dsn),
         "sales_by_month": {row.period[:7]: row.value_micros / 1_000_000 for row in months},
-        "cases": len(cases.cases),
-        "top_cases": [_case(case) for case in sorted(cases.cases, key=lambda case: -case.score)[:TOP_ROWS]],
+        "cases": len(cases),
+        "top_cases": [_case(case) for case in sorted(cases, key=lambda case: -case.score)[:TOP_ROWS]],
         "reports": {"sales": _rows(months), "top_skus": _rows(top), "funnel": _rows(funnel)},
     }
+
+
+async def subscribe(holdfast: Holdfast, receiver: Receiver) -> None:
+    """Warnings to a local file, and what calls for a person to a local receiver of web hooks, both at once."""
+    file = notification.Subscription(
+        subscription_id="file", severity_min=notification.ALERT_SEVERITY_WARNING,
+        file=notification.FileChannel(name="alerts"),
+    )  # fmt: skip
+    hook = notification.Subscription(
+        subscription_id="webhook", webhook=notification.WebhookChannel(url=receiver.url, secret=receiver.secret),
+        kinds=[
+            notification.ALERT_KIND_FRAUD_CASE, notification.ALERT_KIND_DRIFT, notification.ALERT_KIND_LAG,
+            notification.ALERT_KIND_DEAD_LETTERS,
+        ],
+    )  # fmt: skip
+    for one in (file, hook):
+        request = notification.CreateSubscriptionRequest(request_id=f"make-{one.subscription_id}", subscription=one)
+        await holdfast.notifications.CreateSubscription(request)
+
+
+async def notified(holdfast: Holdfast) -> dict[str, Any]:
+    """The alerts and where their messages went, once nothing is on its way any more or NOTIFY_SECONDS_MAX are over."""
+    until = time.monotonic() + NOTIFY_SECONDS_MAX
+    quiet = 0
+    while quiet < NOTIFY_QUIET_LOOKS and time.monotonic() < until:
+        await asyncio.sleep(NOTIFY_LOOK_SECONDS)
+        quiet = 0 if await _on_the_way(holdfast) else quiet + 1
+    alerts = await _all(holdfast.notifications.ListAlerts, notification.ListAlertsRequest(page_size=1_000), "alerts")
+    deliveries = await _all(
+        holdfast.notifications.ListDeliveries, notification.ListDeliveriesRequest(page_size=1_000), "deliveries"
+    )
+    kinds = Counter(notification.AlertKind.Name(one.kind).removeprefix("ALERT_KIND_") for one in alerts)
+    states = Counter(
+        (one.target, notification.DeliveryState.Name(one.state).removeprefix("DELIVERY_STATE_")) for one in deliveries
+    )
+    return {
+        "alerts": dict(sorted(kinds.items())),
+        "alerts_open": sum(one.state == notification.ALERT_STATE_OPEN for one in alerts),
+        "messages": [
+            {"target": target, "state": state, "messages": count} for (target, state), count in sorted(states.items())
+        ],
+    }
+
+
+async def _on_the_way(holdfast: Holdfast) -> bool:
+    for state in (notification.DELIVERY_STATE_PENDING, notification.DELIVERY_STATE_SENDING):
+        request = notification.ListDeliveriesRequest(page_size=1, state=state)
+        if (await holdfast.notifications.ListDeliveries(request)).deliveries:
+            return True
+    return False
+
+
+async def _all(call: Callable[[Any], Awaitable[Any]], request: Any, field: str) -> list[Any]:
+    """Every page of a list."""
+    found: list[Any] = []
+    while True:
+        page = await call(request)
+        found += getattr(page, field)
+        request.page_token = page.next_page_token
+        if not request.page_token:
+            return found
 
 
 def _case(case: fraud.Case) -> dict[str, Any]:

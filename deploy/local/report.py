@@ -8,7 +8,7 @@ from rich.table import Table
 from deploy.local.orders import Book
 from deploy.local.replay import Tally, Truth
 
-SUBJECT_SHOWN = 18  # of a keyed hash: enough to tell it from others
+HASH_SHOWN = 6  # of a keyed hash: enough to tell it from others
 
 
 def figures(book: Book, tally: Tally, truth: Truth, pods: dict[str, list[str]]) -> dict[str, Any]:
@@ -138,16 +138,29 @@ def show_cases(console: Console, result: dict[str, Any]) -> None:
         title=f"Cases that antifraud opened: {result['cases']:,}", title_justify="left", box=None,
         padding=(0, 2, 0, 0), header_style="dim",
     )  # fmt: skip
-    for name in ("order of", "score", "decision", "subject", "units", "why"):
-        table.add_column(name, justify="right" if name in {"score", "units"} else "left", no_wrap=True)
+    for name in ("order of", "score", "decision", "subject", "why"):
+        table.add_column(name, justify="right" if name == "score" else "left", no_wrap=True)
     for case in result["top_cases"]:
         why = "\n".join(f"{rule} {value:,g}" for rule, value in case["rules"].items())
-        table.add_row(
-            case["open_time"][:10], str(case["score"]), case["decision"], f"{case['subject'][:SUBJECT_SHOWN]}..",
-            f"{case['units']:,}", why,
-        )  # fmt: skip
+        table.add_row(case["open_time"][:10], str(case["score"]), case["decision"], _short(case["subject"]), why)
     console.print()
     console.print(table)
+
+
+def show_notifications(console: Console, result: dict[str, Any], directory: str) -> None:
+    """Print what was worth an alert, and where the messages went."""
+    kinds = ", ".join(f"{count:,} {kind.lower().replace('_', ' ')}" for kind, count in result["alerts"].items())
+    console.print(f"\nAlerts: {kinds or 'none'}; {result['alerts_open']:,} are open.")
+    for row in result["messages"]:
+        console.print(f"  {row['messages']:>5,} messages {row['state'].lower()}: {row['target']}")
+    console.print(
+        f"What arrived is in {directory}: alerts.jsonl, and webhook.jsonl of a receiver that checks signatures."
+    )
+
+
+def _short(subject: str) -> str:
+    kind, _, rest = subject.partition(":")
+    return f"{kind} {rest.rpartition(':')[2][:HASH_SHOWN]}"
 
 
 def _milliseconds(duration: str) -> str:

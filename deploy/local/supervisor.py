@@ -280,6 +280,8 @@ class Supervisor:
                 "HOLDFAST_REDIS_URL": self._stack.redis_url,
                 "HOLDFAST_KAFKA_BOOTSTRAP": self._stack.kafka_bootstrap,
                 "HOLDFAST_NOTIFICATION_DIRECTORY": str(self._stack.root / "notifications"),
+                "HOLDFAST_NOTIFY_MINUTE_MESSAGES_MAX": "6000",
+                "HOLDFAST_WEBHOOK_PRIVATE": "true",
                 "PYTHONUNBUFFERED": "1",
             }
         )

@@ -26,7 +26,7 @@ from aiokafka import TopicPartition
 from holdfast.analytics.v1 import events_pb2
 from holdfast.analytics.v1 import fraud_pb2 as pb
 
-from services.analytics import cases, codec, rules, store
+from services.analytics import alerts, cases, codec, rules, store
 from services.analytics.domain import Reservation
 from services.analytics.judge import Case, Finding, Judge, Policy, Signal, Usage, grow
 from services.analytics.projection import one_by_one, parse
@@ -170,6 +170,8 @@ class Engine:
         if grown:
             await cases.write_cases(connection, list(grown.values()), opened)
         for case in opened:
+            if not case.shadow:
+                await alerts.fraud_case_opened(connection, case.case_id, _details(case))
             log.info("case opened", case=case.case_id, decision=case.decision, score=case.score, shadow=case.shadow)
         return blocks
 
@@ -331,6 +333,16 @@ def release(case_id: str, reservation_ids: Sequence[str]) -> Event:
     """The verdict that reservations are to be cancelled."""
     told = events_pb2.Release(case_id=case_id, reservation_ids=reservation_ids)
     return _verdict(f"release/{case_id}", events_pb2.Verdict(release=told))
+
+
+def _details(case: Case) -> dict[str, str]:
+    """What an alert tells of a case: why it was opened, and nothing of who it is."""
+    return {
+        "decision": case.decision,
+        "score": str(case.score),
+        "of": case.kind.lower(),
+        "reservation": case.reservation_ids[0],
+    } | {f"rule {fired.rule_id}": f"{fired.value:g}, from {fired.threshold:g} on" for fired in case.rules.values()}
 
 
 def _usage(usage: Usage) -> Event:

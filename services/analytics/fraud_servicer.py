@@ -9,7 +9,7 @@ from holdfast.analytics.v1 import fraud_pb2 as pb
 from holdfast.analytics.v1 import fraud_pb2_grpc
 from sqlalchemy.dialects import postgresql
 
-from services.analytics import cases, fraud, rules
+from services.analytics import alerts, cases, fraud, rules
 from services.analytics.backtest import Outcome, Trial, backtest
 from services.analytics.domain import Reason
 from services.analytics.judge import Case, Effect, Rule, can_be_blocked
@@ -226,6 +226,7 @@ async def _decide(connection: Connection, request: pb.DecideCaseRequest) -> Reco
         verdicts.append(fraud.block(case.subject, case.updated_at, blocked_until.timestamp(), case.case_id))
     await connection.execute(cases.ENTER, [case.case_id], request.actor, action, request.note)
     await outbox.write(connection, verdicts, table=cases.OUTBOX)
+    await alerts.fraud_case_closed(connection, case.case_id)
     exempt_for = EXEMPT if request.decision == pb.CASE_DECISION_KEEP else None
     return await cases.decide(
         connection, case, state=STATES[request.decision], blocked_until=blocked_until, exempt_for=exempt_for
