@@ -93,7 +93,7 @@ async def test_reservation_reads_and_writes_by_index(reservation_db: Database, n
 
 async def test_the_relay_reads_and_deletes_by_index(inventory_db: Database) -> None:
     """The oldest events by id, what was sent by key and id."""
-    await assert_by_index(inventory_db, outbox.PEEK, "10")
+    await assert_by_index(inventory_db, outbox.PEEK.format(table="outbox"), "10")
     await assert_by_index(inventory_db, inventory.UNSENT_MOVEMENTS, "10")
     await assert_by_index(inventory_db, inventory.DELETE_SENT_MOVEMENTS, "array[1]")
     await assert_by_index(inventory_db, outbox.OUTBOX.delete, "array[1]")
