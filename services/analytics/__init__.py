@@ -13,14 +13,19 @@ or reads their databases. What it promises, and what keeps the promise:
 * *Every answer says how fresh it is.* The relays of the other services tell, in each partition, a time before
   which everything recorded has been sent; `as_of` is the least of these over all partitions.
 
+Beside it stand antifraud (`judge`, `fraud`) and notifications (`alerting`, `alerts`, `delivery`), each with its own
+promises in its module. Their tables are in schema `desk`, which does not follow from the topics alone.
+
     topic --> projection: consumed, stock_view, movement, activity, stock_out, goods_return   (movements)
                           reservation, reservation_state, sale, refusal                       (changes)
                           sku, and the names in stock_view                                    (catalogue)
           --> reports, history                                                                (reads)
+          --> fraud: signals, cases --> verdicts, which reservation enforces
+          --> alerts --> deliveries --> channels
 
 Sums over the last 24 hours, 7 and 30 days stand in the mart. Events add to them; a worker takes away, by the
 hour, what has grown too old. The row `aging` is what the two share, so that no hour is missed between them.
 
-Rebuild: everything here follows from the topics alone. `python -m services.analytics rebuild` reads them from the
+Rebuild: all but the desk follows from the topics alone. `python -m services.analytics rebuild` reads them from the
 beginning into a second schema beside the live one, and swaps the two in one transaction.
 """
