@@ -24,10 +24,14 @@ from typing import NamedTuple, TypeVar
 
 ORDER = "order:"  # before the id of a reservation without customer, which stands for itself
 PARTS = 60
-WINDOWS_MAX = 1_000_000
-RESERVATIONS_MAX = 500_000
+# About 500 MB when all of it is used, as by half a million customers within a few minutes.
+WINDOWS_MAX = 500_000
+SETS_MAX = 200_000
+CUSTOMERS_MAX = 1_000_000
+RESERVATIONS_MAX = 200_000
+HISTORIES_MAX = 20_000
 DISTINCT_MAX = 1_000
-HISTORY_MAX = 255
+HISTORY_MAX = 127
 HISTORY_MIN = 30
 USUAL_MAX = 4_095
 CASE_RESERVATIONS_MAX = 100
@@ -245,13 +249,12 @@ class Distinct:
 
     def __init__(self, window_seconds: float) -> None:
         self._width = window_seconds / PARTS
-        self._last: OrderedDict[str, int] = OrderedDict()
+        self._last: dict[str, int] = {}
 
     def add(self, at: float, name: str) -> None:
-        self._last[name] = max(int(at // self._width), self._last.get(name, 0))
-        self._last.move_to_end(name)
+        self._last[name] = max(int(at // self._width), self._last.pop(name, 0))
         if len(self._last) > DISTINCT_MAX:
-            self._last.popitem(last=False)
+            del self._last[next(iter(self._last))]
 
     def total(self, at: float) -> int:
         part = int(at // self._width)
@@ -473,7 +476,9 @@ class Judge:
             value = math.log(units)
             history = self._histories.get(sku)
             if history is None:
-                history = _keep(self._histories, sku, History(HISTORY_MAX), WINDOWS_MAX)
+                history = _keep(self._histories, sku, History(HISTORY_MAX), HISTORIES_MAX)
+            else:
+                self._histories.move_to_end(sku)
             usual = history if len(history) >= HISTORY_MIN else self._usual_quantity
             z = usual.z(value) if len(usual) >= HISTORY_MIN else 0.0
             if z > highest:
@@ -486,7 +491,7 @@ class Judge:
         value = math.log(sum(signal.asked))
         z = 0.0
         if signal.customer and signal.customer not in self._customers:
-            _keep(self._customers, signal.customer, None, WINDOWS_MAX)
+            _keep(self._customers, signal.customer, None, CUSTOMERS_MAX)
             if len(self._usual_order) >= HISTORY_MIN:
                 z = max(0.0, self._usual_order.z(value))
         self._usual_order.add(value)
@@ -597,7 +602,7 @@ class Judge:
         place = (window, *key)
         names = self._distinct.get(place)
         if names is None:
-            return _keep(self._distinct, place, Distinct(window.seconds), WINDOWS_MAX)
+            return _keep(self._distinct, place, Distinct(window.seconds), SETS_MAX)
         self._distinct.move_to_end(place)
         return names
 
