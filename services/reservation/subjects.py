@@ -63,13 +63,16 @@ def network(value: str) -> str:
     return f"{type(address)(int(address) >> host_bits << host_bits)}/{cut}"
 
 
-@lru_cache(CACHED_MAX)
-def identities(customer_id: str, device_id: str, ip_address: str) -> tuple[Identity, ...]:
+def identities(customer_id: str, device_id: str, ip_address: str) -> list[Identity]:
     """What a caller said of whom it is for; what it did not say is left out."""
-    said = [(Kind.CUSTOMER, customer_id), (Kind.DEVICE, device_id)]
+    said = []
+    if customer_id:
+        said.append(Identity(Kind.CUSTOMER, customer_id))
+    if device_id:
+        said.append(Identity(Kind.DEVICE, device_id))
     if ip_address:
-        said.append((Kind.NETWORK, network(ip_address)))
-    return tuple(Identity(kind, value) for kind, value in said if value)
+        said.append(Identity(Kind.NETWORK, network(ip_address)))
+    return said
 
 
 def parse_keys(text: str) -> dict[str, bytes]:
@@ -94,30 +97,28 @@ class Subjects:
     """Hashes under `keys`, the first of which makes them. Caches CACHED_MAX of each kind of answer."""
 
     def __init__(self, keys: Mapping[str, bytes]) -> None:
-        self._keys = dict(keys)
+        self._numbers = {key_id: number for number, key_id in enumerate(keys)}
+        self._hashers = {kind: [(f"{kind.lower()}:{key_id}:", key) for key_id, key in keys.items()] for kind in Kind}
         self.key_id = next(iter(keys))
         self.named = lru_cache(CACHED_MAX)(self._named)
-        self._under = lru_cache(CACHED_MAX)(self._of)
 
     def of(self, customer_id: str, device_id: str, ip_address: str, key_id: str) -> Mapping[Kind, str]:
         """The hashes of what was said, under the key `key_id` or, if it is gone, the first."""
-        return self._under(customer_id, device_id, ip_address, key_id if key_id in self._keys else self.key_id)
+        number = self._numbers.get(key_id, 0)
+        named = self.named(customer_id, device_id, ip_address)
+        return {kind: one.hashes[number] for kind, one in named.items()}
 
     def hashes(self, identity: Identity) -> tuple[str, ...]:
         """The hash under each key, the first key's first."""
-        return tuple(self._hash(identity, key_id) for key_id in self._keys)
+        kind, value = identity
+        said = kind.encode() + b"\0" + value.encode()
+        return tuple(
+            [start + hmac.digest(key, said, "sha256")[:HASH_BYTES].hex() for start, key in self._hashers[kind]]
+        )
 
     def _named(self, customer_id: str, device_id: str, ip_address: str) -> Mapping[Kind, Named]:
         """What was said, with its hashes under every key."""
         return {one.kind: Named(one, self.hashes(one)) for one in identities(customer_id, device_id, ip_address)}
-
-    def _of(self, customer_id: str, device_id: str, ip_address: str, key_id: str) -> Mapping[Kind, str]:
-        return {one.kind: self._hash(one, key_id) for one in identities(customer_id, device_id, ip_address)}
-
-    def _hash(self, identity: Identity, key_id: str) -> str:
-        said = f"{identity.kind}\0{identity.value}".encode()
-        cut = hmac.digest(self._keys[key_id], said, "sha256")[:HASH_BYTES]
-        return f"{identity.kind.lower()}:{key_id}:{cut.hex()}"
 
 
 class Lately:
