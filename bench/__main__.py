@@ -206,12 +206,19 @@ class Bench:
                 self._ratio("events_tax", followed.rate / without.rate)
 
     def fraud_tax(self, pods: Holdfasts) -> None:
-        """With what antifraud decides enforced, over not; the callers say who they are in both."""
-        with stage.holdfast(self._stack, "unguarded", skus=SKUS, enforcement="off") as unguarded:
-            for _ in range(self._scale.pairs):
-                without = self._reserve("Reserve for people, enforcement off", unguarded, "reserve-people")
-                guarded = self._reserve("Reserve for people, enforcement on", pods, "reserve-people")
-                self._ratio("fraud_tax", guarded.rate / without.rate)
+        """With what antifraud decides enforced, over not; it is judged in both, and the callers say who they are."""
+        order = ("off", "open")
+        for _ in range(self._scale.pairs):
+            rates = {}
+            order = order[::-1]  # whatever the first of a pair has of the machine, each has as often
+            for enforcement in order:
+                pods.enforce(enforcement)
+                self._reserve("warming up", pods, "reserve-people", seconds=2)
+                name = f"Reserve for people, enforcement {enforcement}"
+                rates[enforcement] = self._reserve(name, pods, "reserve-people").rate
+            self._ratio("fraud_tax", rates["open"] / rates["off"])
+        self.results.runs.pop("warming up")
+        pods.enforce("open")
 
     def following(self, capacity: float) -> None:
         """What one consumer applies a second, of the events that all runs so far have made."""

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 
 import asyncpg
@@ -62,6 +62,7 @@ class Holdfasts:
     targets: dict[str, str]
     databases: dict[str, str]
     pids: Pids
+    enforce: Callable[[str], None]  # restarts the reservation pods with this enforcement
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,18 +108,18 @@ def holdfast(
     reservation_pods: int = PODS,
     role: str = "all",
     analytics: bool = False,
-    enforcement: str = "open",
 ) -> Iterator[Holdfasts]:
     """Two pods of each service on databases of their own, with stock of `skus` and a history of `movements`.
 
     All share the topics, so that only the first that runs, and nothing beside it but in role "api", can have
     `analytics`.
     """
+    settings = {"HOLDFAST_ENFORCEMENT": "open"}
     services = [
         service._replace(
             database=f"{name}_{service.name}",
             pods=reservation_pods if service.name == "reservation" else PODS,
-            settings={"HOLDFAST_ENFORCEMENT": enforcement},
+            settings=settings,
         )
         for service in SERVICES
         if analytics or service.name != "analytics"
@@ -132,19 +133,28 @@ def holdfast(
         asyncio.run(load_mart(dsns["analytics"], skus))
     with Supervisor(stack, services=services, role=role).start() as supervisor:
         pods = {service.name: [pod for pod in supervisor.pods if pod.service is service] for service in services}
+        reservation_pids = [pod.pid for pod in pods["reservation"] if pod.pid]
+
+        def enforce(enforcement: str) -> None:
+            settings["HOLDFAST_ENFORCEMENT"] = enforcement
+            for pod in pods["reservation"]:
+                supervisor.restart(pod)
+            reservation_pids[:] = [pod.pid for pod in pods["reservation"] if pod.pid]
+
         yield Holdfasts(
             [pod.address for pod in pods["reservation"]],
             [pod.address for pod in pods["inventory"]],
             supervisor.targets,
             dsns,
             {
-                "reservation": [pod.pid for pod in pods["reservation"] if pod.pid],
+                "reservation": reservation_pids,
                 "inventory": [pod.pid for pod in pods["inventory"] if pod.pid],
                 "analytics": [pod.pid for pod in pods.get("analytics", []) if pod.pid],
                 "database": [stack.pids["PostgreSQL"]],
                 "kafka": [stack.pids["Kafka"]],
                 "redis": [stack.pids["Redis"]],
             },
+            enforce,
         )
 
 

@@ -96,7 +96,7 @@ class _Admission:
 class _Own:
     """The pod's own admissions on one counter, oldest first, and their sum."""
 
-    admissions: deque[_Admission] = field(default_factory=deque)
+    admissions: list[_Admission] = field(default_factory=list)  # few: a deque would take more room
     total: int = 0
 
 
@@ -260,7 +260,7 @@ class Guard:
         while self._recent and (self._recent[0][0] <= since or len(self._recent) > ADMISSIONS_MAX):
             _, counter = self._recent.popleft()
             own = self._own[counter]
-            own.total -= own.admissions.popleft().amount
+            own.total -= own.admissions.pop(0).amount
             if not own.admissions:
                 del self._own[counter]
 
