@@ -22,8 +22,9 @@ from services.analytics.channels.addresses import PrivateAddressError, check_pub
 URL_CHARACTERS_MAX = 2_000
 # They speak to the desktop or the logs of the machine that they run on.
 LOCAL = frozenset({"dbus", "glib", "gnome", "kde", "macosx", "qt", "syslog", "windows"})
-# Its own log would hold URLs, and what targets answer.
-logging.getLogger("apprise").setLevel(logging.CRITICAL + 1)
+# Their own logs would hold URLs, and what targets answer.
+for _name in ("apprise", "urllib3"):
+    logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
 
 
 class Apprise:

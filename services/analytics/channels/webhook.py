@@ -61,6 +61,8 @@ class Webhook:
             return Outcome("CONNECTION_REFUSED")
         except PrivateAddressError:
             return Outcome("PRIVATE_ADDRESS", permanent=True)
+        except aiohttp.InvalidURL:  # such as a number that is no address
+            return Outcome("URL_NOT_KNOWN", permanent=True)
         except aiohttp.ClientError as error:
             return Outcome(type(error).__name__)
         if status // 100 == 2:
