@@ -75,11 +75,7 @@ async def analyse(holdfast: Holdfast, inventory_dsn: str, analytics_dsn: str) ->
 
 
 async def subscribe(holdfast: Holdfast, receiver: Receiver) -> None:
-    """Warnings to a local file, and what calls for a person to a local receiver of web hooks, both at once."""
-    file = notification.Subscription(
-        subscription_id="file", severity_min=notification.ALERT_SEVERITY_WARNING,
-        file=notification.FileChannel(name="alerts"),
-    )  # fmt: skip
+    """Send what calls for a person to a local receiver of web hooks; a file has everything by default."""
     hook = notification.Subscription(
         subscription_id="webhook", webhook=notification.WebhookChannel(url=receiver.url, secret=receiver.secret),
         kinds=[
@@ -87,9 +83,8 @@ async def subscribe(holdfast: Holdfast, receiver: Receiver) -> None:
             notification.ALERT_KIND_DEAD_LETTERS,
         ],
     )  # fmt: skip
-    for one in (file, hook):
-        request = notification.CreateSubscriptionRequest(request_id=f"make-{one.subscription_id}", subscription=one)
-        await holdfast.notifications.CreateSubscription(request)
+    request = notification.CreateSubscriptionRequest(request_id="make-webhook", subscription=hook)
+    await holdfast.notifications.CreateSubscription(request)
 
 
 async def notified(holdfast: Holdfast) -> dict[str, Any]:

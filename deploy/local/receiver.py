@@ -69,7 +69,7 @@ class Receiver:
         if not fresh or not hmac.compare_digest(f"v1,{expected}", request.headers.get("webhook-signature", "")):
             return web.Response(status=401)
         if name not in self._seen:
-            self._seen.add(name)
             with self._file.open("ab") as file:
                 file.write(body + b"\n")
+            self._seen.add(name)
         return web.Response(status=204)

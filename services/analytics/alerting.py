@@ -142,11 +142,11 @@ def judge(
 ) -> Iterator[Change]:
     """The steps that readings call for; `alerts` are the open ones by rule and key.
 
-    A key that a rule no longer concerns closes its alert. A stock-out that ends tells the rules that wait for goods
-    to be back, once for each rule and key.
+    A key that a rule no longer concerns closes its alert. The last stock-out of a key that ends tells the rules that
+    wait for goods to be back.
     """
     for reading in readings:
-        back = False
+        back = still_out = False
         for rule in rules:
             value = reading.values.get(rule.kind)
             if value is None:
@@ -158,9 +158,12 @@ def judge(
                 back = back or (transition is Transition.CLOSED and rule.kind is Kind.STOCK_OUT)
             else:
                 transition = Transition.CLOSED if alert else None
+            still_out = still_out or (
+                rule.kind is Kind.STOCK_OUT and bool(alert) and transition is not Transition.CLOSED
+            )
             if transition:
                 yield Change(rule, reading, transition, value, alert)
-        if back:
+        if back and not still_out:
             for rule in rules:
                 if rule.kind is Kind.BACK_IN_STOCK and concerns(rule, reading):
                     yield Change(rule, reading, Transition.OPENED, reading.values[Kind.STOCK_OUT])

@@ -93,7 +93,11 @@ WITH changed AS (
 ) {_TOLD}
 """  # noqa: S608 - of constants
 DRIFT_UNITS = "SELECT drift_units FROM reconciled WHERE reconciled_at > '-infinity'"
-DEAD_DELIVERIES = "SELECT count(*) FROM desk.delivery WHERE state = 'DEAD'"
+# Those that somebody can still retry.
+DEAD_DELIVERIES = """
+SELECT count(*) FROM desk.delivery AS d WHERE state = 'DEAD' AND NOT EXISTS (
+  SELECT FROM desk.subscription AS s WHERE s.subscription_id = d.subscription_id AND deleted_at IS NOT NULL)
+"""
 
 
 class Crossings:
@@ -133,13 +137,14 @@ class Crossings:
 
 
 async def rules(connection: Connection) -> list[Rule]:
-    """The rules that are not deleted."""
+    """The rules that are not deleted, of the kinds that this version knows: a later one may have made others."""
     return [
         Rule(
             row["rule_id"], Kind(row["kind"]), Severity[row["severity"]], row["open_level"], row["close_level"],
             row["sku_prefix"], row["category"], row["location"],
         )
         for row in await connection.fetch(RULES)
+        if row["kind"] in Kind.__members__
     ]  # fmt: skip
 
 

@@ -31,11 +31,11 @@ from services.analytics.channels.file import File
 from services.analytics.channels.mail import Mail
 from services.analytics.channels.webhook import Webhook
 from services.analytics.settings import Settings
+from shared import workers
 from shared.database import Connection, Database, Record, columns
 
 log = structlog.get_logger(__name__)
 EVENTS_MAX = 100
-DIGEST_MESSAGES_MAX = 5_000
 THREADS_MAX = 500
 CONNECTIONS_MAX = 3
 LEASE_MARGIN_SECONDS = 20.0  # for what stands between claim and record beside the sending
@@ -64,13 +64,16 @@ DIGESTED = """
 UPDATE desk.delivery SET state = 'DIGESTED', digest_id = $2, settled_at = now() WHERE delivery_id = ANY ($1::text[])
 """
 # A message that may be sent now: due, or left behind by a crash (whoever has the lease has looked after that), of a
-# subscription that goes on, and with no earlier one of its alert before it.
+# subscription that goes on, and with no earlier one of its alert, nor an earlier digest, before it.
 _DUE = """
 FROM desk.delivery AS d JOIN desk.subscription AS s ON s.subscription_id = d.subscription_id AND NOT s.paused
 WHERE d.target_id = target.target_id AND d.state IN ('PENDING', 'SENDING') AND d.due_at <= now()
   AND NOT EXISTS (
     SELECT FROM desk.delivery AS e WHERE e.subscription_id = d.subscription_id AND e.alert_id = d.alert_id
       AND e.alert_version < d.alert_version AND e.state IN ('PENDING', 'SENDING'))
+  AND (d.alert_id IS NOT NULL OR d.urgent OR NOT EXISTS (
+    SELECT FROM desk.delivery AS e WHERE e.target_id = d.target_id AND e.subscription_id = d.subscription_id
+      AND e.alert_id IS NULL AND NOT e.urgent AND e.seq < d.seq AND e.state IN ('PENDING', 'SENDING')))
 """
 _FREE = """
 lease_until < now() AND open_until <= now() AND $1 > (
@@ -83,7 +86,7 @@ SELECT target_id FROM desk.target WHERE {_FREE} AND target_id <> ALL ($2::text[]
 LOCK_TARGET = f"SELECT failures FROM desk.target WHERE {_FREE} AND target_id = $2 FOR UPDATE SKIP LOCKED"  # noqa: S608
 NEXT = f"""
 SELECT d.*, s.channel, s.config, s.quiet_start, s.quiet_end, s.quiet_zone, now() AS now
-{_DUE.replace("target.target_id", "$1")} ORDER BY d.due_at, d.seq LIMIT 1 FOR UPDATE OF d
+{_DUE.replace("target.target_id", "$1")} ORDER BY d.urgent DESC, d.due_at, d.seq LIMIT 1 FOR UPDATE OF d
 """
 POSTPONE = """
 UPDATE desk.delivery SET due_at = $2
@@ -109,14 +112,11 @@ WHERE target_id = $1 AND lease = $2
 # Requests are kept as long: a retry that is later than that is no retry.
 FORGET = (
     """
-    DELETE FROM desk.attempt WHERE delivery_id = ANY (ARRAY(
+    WITH over AS (
       SELECT delivery_id FROM desk.delivery WHERE created_at < $1 AND state IN ('SENT', 'DEAD', 'DIGESTED')
-      ORDER BY created_at, delivery_id LIMIT $2))
-    """,
-    """
-    DELETE FROM desk.delivery WHERE delivery_id = ANY (ARRAY(
-      SELECT delivery_id FROM desk.delivery WHERE created_at < $1 AND state IN ('SENT', 'DEAD', 'DIGESTED')
-      ORDER BY created_at, delivery_id LIMIT $2))
+      ORDER BY created_at, delivery_id LIMIT $2
+    ), tried AS (DELETE FROM desk.attempt USING over WHERE attempt.delivery_id = over.delivery_id)
+    DELETE FROM desk.delivery USING over WHERE delivery.delivery_id = over.delivery_id
     """,
     """
     DELETE FROM desk.alert WHERE alert_id = ANY (ARRAY(
@@ -200,13 +200,13 @@ async def insert(connection: Connection, drafts: list[Draft], attempts_max: int)
 
 
 async def digest(connection: Connection, subscription_id: str, attempts_max: int) -> int:
-    """Make one message of what a subscription has gathered until now; return of how many."""
-    rows = await connection.fetch(GATHERED, subscription_id, DIGEST_MESSAGES_MAX)
+    """Make one message of what a subscription has gathered until now, or of the first of it; return of how many."""
+    rows = await connection.fetch(GATHERED, subscription_id, alerting.DIGEST_LINES_MAX)
     if not rows:
         return 0
     key = key_of("digest", rows[0]["delivery_id"])
     subject, body = alerting.digest([row["subject"] for row in rows])
-    told = [json.loads(row["content"]) for row in rows[: alerting.DIGEST_LINES_MAX]]
+    told = [json.loads(row["content"]) for row in rows]
     content = {"id": key, "type": "holdfast.digest", "subject": subject, "body": body, "messages": told}
     now = await connection.fetchval("SELECT now()")
     made = Draft(
@@ -226,10 +226,13 @@ async def digests(database: Database, attempts_max: int) -> None:
 
 
 async def forget(database: Database, before: datetime) -> None:
-    """Delete some of what was over before a time."""
-    async with database.connection() as connection:
-        for statement in FORGET:
-            await connection.execute(statement, before, FORGET_ROWS)
+    """Delete what was over before a time, some of it at a time."""
+    for statement in FORGET:
+        async for _ in workers.turns(rest=1):
+            async with database.connection() as connection:
+                done = await connection.execute(statement, before, FORGET_ROWS)
+            if int(done.split()[-1]) < FORGET_ROWS:
+                break
 
 
 def _subscription(row: Record) -> Subscription:

@@ -44,7 +44,7 @@ WHERE subscription_id = $1 AND deleted_at IS NULL RETURNING true
 """
 GIVE_UP = """
 UPDATE desk.delivery SET state = 'DEAD', settled_at = now()
-WHERE subscription_id = $1 AND state IN ('GATHERED', 'PENDING', 'SENDING')
+WHERE subscription_id = $1 AND state IN ('GATHERED', 'PENDING') -- what is being sent is settled by its sender
 """
 SUBSCRIPTION = "SELECT *, now() AS now FROM desk.subscription WHERE subscription_id = $1 AND deleted_at IS NULL"
 LOCK_DELIVERY = """
@@ -254,7 +254,9 @@ RULES = Listing("desk.alert_rule", "rule_id")
 ALERTS = Listing("desk.alert", "alert_id", "opened_at")
 SUBSCRIPTIONS = Listing("desk.subscription", "subscription_id")
 DELIVERIES = Listing(
-    "(SELECT d.*, s.target FROM desk.delivery AS d JOIN desk.subscription AS s USING (subscription_id)) AS d",
+    "(SELECT delivery_id, subscription_id, s.target, alert_id, alert_version, state, d.subject, attempts_max, due_at,"
+    " d.created_at, settled_at, digest_id FROM desk.delivery AS d JOIN desk.subscription AS s USING (subscription_id))"
+    " AS d",
     "delivery_id",
     "created_at",
 )

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import time
 from typing import Any
@@ -34,6 +35,7 @@ FILTERS_MAX = 100
 LEVEL_MAX = 10**12
 DIGEST_SECONDS = range(60, 31 * 86_400 + 1)
 SUBJECT_CHARACTERS_MAX = 200
+LOCAL_TIME = re.compile(r"([01][0-9]|2[0-3]):([0-5][0-9])")
 BODY_CHARACTERS_MAX = 4_000
 _KIND, _SEVERITY, _STATE, _DELIVERY = "ALERT_KIND_", "ALERT_SEVERITY_", "ALERT_STATE_", "DELIVERY_STATE_"
 
@@ -224,7 +226,7 @@ def _rule(asked: pb.AlertRule) -> Rule:
             raise check.invalid("rule.close_level", "must not be below open_level")
     elif closes > opens:
         raise check.invalid("rule.close_level", "must not be above open_level")
-    if kind in ABOVE and (asked.sku_prefix or asked.category or asked.location):
+    if kind in ABOVE | {Kind.FRAUD_CASE} and (asked.sku_prefix or asked.category or asked.location):
         raise check.invalid("rule", "must have no sku_prefix, category or location for this kind")
     return Rule(
         check.code(asked.alert_rule_id, "rule.alert_rule_id"),
@@ -278,11 +280,10 @@ def _quiet(asked: pb.Subscription) -> QuietHours | None:
 
 
 def _local(text: str, field: str) -> time:
-    try:
-        hour, minute = (int(part) for part in text.split(":") if len(part) == 2 and part.isascii() and part.isdigit())
-        return time(hour, minute)
-    except ValueError:
-        raise check.invalid(f"subscription.quiet_hours.{field}", 'must be as "22:30"') from None
+    found = LOCAL_TIME.fullmatch(text)
+    if not found:
+        raise check.invalid(f"subscription.quiet_hours.{field}", 'must be as "22:30"')
+    return time(int(found[1]), int(found[2]))
 
 
 def _template(text: str, field: str, characters_max: int) -> str:

@@ -33,7 +33,7 @@ class Settings(settings.Settings):
     alert_dlq_poll_seconds: float = Field(default=10, gt=0, description="Between looks at the dead letter topics.")
     notify_poll_seconds: float = Field(default=0.25, gt=0, description="Between looks for what is to be told or sent.")
     notify_send_seconds_max: float = Field(default=10, gt=0, description="For one attempt to send a message.")
-    notify_attempts_max: int = Field(default=8, ge=1, description="Attempts, after which a delivery is dead.")
+    notify_attempts_max: int = Field(default=15, ge=1, description="Attempts, after which a delivery is dead.")
     notify_backoff_seconds: float = Field(default=2, gt=0, description="Most before the second attempt; then doubled.")
     notify_backoff_seconds_max: float = Field(default=900, gt=0, description="Most before any attempt.")
     notify_circuit_failures_max: int = Field(default=5, ge=1, description="Failures in a row that spare a target.")

@@ -715,7 +715,7 @@ async def test_a_pause_keeps_what_waits(post: Post) -> None:
 
 @pytest.mark.parametrize("under_way", [False, True])
 async def test_a_deleted_subscription_is_told_nothing_more(post: Post, *, under_way: bool) -> None:
-    """What waits for it or is being sent is dead, its secrets are gone, and nothing brings it back."""
+    """What waits for it is dead, its secrets are gone, and nothing brings it back; what was under way has arrived."""
     await post.subscribe(path="hook")
     await post.tell(100, 300)
     await post.dispatch()
@@ -728,11 +728,11 @@ async def test_a_deleted_subscription_is_told_nothing_more(post: Post, *, under_
     await post.tell(700)
     await post.dispatch()
     assert await post.send() == []
-    assert await post.states() == {"DEAD": 2}
+    assert await post.states() == ({"DEAD": 1, "SENT": 1} if under_way else {"DEAD": 2})
     assert post.server.requests == []
     assert await rows(post.database, "SELECT config FROM desk.subscription") == [{"config": "{}"}]
     assert not (await post.api.ListSubscriptions(pb.ListSubscriptionsRequest(), Context)).subscriptions
-    dead = (await post.deliveries())[0]
+    dead = next(one for one in await post.deliveries() if one.state == pb.DELIVERY_STATE_DEAD)
     with pytest.raises(Refusal) as refused:
         await post.api.RetryDelivery(pb.RetryDeliveryRequest(request_id="r", delivery_id=dead.delivery_id), Context)
     assert refused.value.reason == Reason.SUBSCRIPTION_DELETED
@@ -896,3 +896,41 @@ async def test_secrets_can_be_written_and_not_read(post: Post, caplog: pytest.Lo
     for secret in (SECRET, SECRET.removeprefix("whsec_"), "token-of-", "swordfish", "letmein", "hunter2", "quotes"):
         assert secret not in seen
     assert "an unlikely body" not in "\n".join(map(str, [*found, *logs, *lines, *attempts]))
+
+
+async def test_what_is_critical_overtakes_what_waits(post: Post) -> None:
+    """A backlog of one target does not keep back what must be told at once."""
+    await post.subscribe(path="hook")
+    for number in range(3):
+        await post.tell(100, key=f"low{number}")
+    await post.dispatch()
+    async with post.database.connection() as connection:
+        await connection.execute(
+            "UPDATE desk.delivery SET urgent = true WHERE seq = (SELECT max(seq) FROM desk.delivery)"
+        )
+    await post.send()
+    assert next(iter(versions(post.server.requests))) == "low2"
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        "discord://4174216298/JHMHI8qBe7bk2ZwO5U711o3dV_js/?template=/etc/passwd",
+        "slack://T1JJ3T3L2/A1BRTD4JD/TIiajkdnlazkcOXrIdevi7FQ/?template=http://127.0.0.1:1/meta-data",
+        "SYSLOG://",
+        " syslog://",
+        "blink1://",
+        "json://example.com/\0x",
+    ],
+)
+async def test_apprise_urls_that_would_read_what_is_not_theirs(post: Post, url: str) -> None:
+    """Files of the machine, what only the machine can fetch, its own logs: refused."""
+    with pytest.raises(Refusal) as refused:
+        await post.api.CreateSubscription(
+            pb.CreateSubscriptionRequest(
+                request_id=post.request_id(),
+                subscription=pb.Subscription(subscription_id="bad", apprise=pb.AppriseChannel(url=url)),
+            ),
+            Context,
+        )
+    assert refused.value.reason == "FIELD_INVALID"

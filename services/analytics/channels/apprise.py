@@ -1,27 +1,31 @@
 """The services that Apprise knows, through one adapter.
 
-Apprise blocks: each call has a thread of its own, of which there are so many at the most, so that one that hangs
-keeps neither another one waiting nor the process from ending. It tells that it failed and not why, so every failure
+Apprise blocks: each call has a thread of its own. It tells that it failed and not why, so every failure
 may pass. Services whose URL names a host are held to public addresses when a message is sent; what Apprise resolves
 afterwards is out of our hands, so a network that must not be reached should be closed to this service as well.
 """
 
-import asyncio
 import logging
-import threading
+import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
+from urllib.parse import parse_qsl, urlsplit
 
 import apprise
 
 from services.analytics.alerting import Outcome
 from services.analytics.channels import BadConfigError, Config, Described, Message
 from services.analytics.channels.addresses import PrivateAddressError, check_public
+from services.analytics.channels.threads import Threads, TooManyHangError
 
 URL_CHARACTERS_MAX = 2_000
 # They speak to the desktop or the logs of the machine that they run on.
-LOCAL = frozenset({"dbus", "glib", "gnome", "kde", "macosx", "qt", "syslog", "windows"})
+LOCAL = frozenset({"blink1", "dbus", "glib", "gnome", "kde", "macosx", "qt", "syslog", "windows"})
+# Arguments that name files of this machine, or what it is to fetch or connect to.
+READING = frozenset(
+    {"attach", "cert", "image", "keyfile", "pgpkey", "pgpkeys", "proxy", "relay", "subfile", "template"}
+)
 # Their own logs would hold URLs, and what targets answer.
 for _name in ("apprise", "urllib3"):
     logging.getLogger(_name).setLevel(logging.CRITICAL + 1)
@@ -33,12 +37,19 @@ class Apprise:
     def __init__(self, *, private: bool, threads_max: int, seconds_max: float) -> None:
         self._private = private
         self._seconds_max = seconds_max
-        self._threads = threading.BoundedSemaphore(threads_max)
+        self._threads = Threads(threads_max, "apprise")
+        self._under_way: set[str] = set()
 
     def describe(self, config: Config) -> Described:
         url = config["url"]
         scheme = url.partition("://")[0]
-        if len(url) > URL_CHARACTERS_MAX or scheme in LOCAL or self._service(url) is None:
+        service = self._service(url)
+        if (
+            len(url) > URL_CHARACTERS_MAX
+            or not re.fullmatch(r"[a-z0-9]+", scheme)
+            or scheme in LOCAL
+            or service is None
+        ):
             raise BadConfigError("url", "must be a URL of a remote service, as Apprise writes it")
         return Described(url, f"{scheme}://")
 
@@ -57,33 +68,36 @@ class Apprise:
         service.retry, service.redirects = 0, False
         service.socket_connect_timeout = service.socket_read_timeout = self._seconds_max
         title, body = message.subject, f"{message.body}\n{message.key}"
-        return await self._in_thread(lambda: service.notify(title=title, body=body))
+        return await self._notify(config["url"], lambda: bool(service.notify(title=title, body=body)))
+
+    async def _notify(self, url: str, notify: Callable[[], bool]) -> Outcome:
+        """One thread at a time for a URL: a service that answers byte by byte would take them all."""
+        if url in self._under_way:
+            return Outcome("STILL_HANGS")
+        self._under_way.add(url)
+
+        def call() -> bool:
+            try:
+                return notify()
+            finally:
+                self._under_way.discard(url)
+
+        try:
+            return Outcome("" if await self._threads.run(call) else "NOT_TAKEN")
+        except TooManyHangError:
+            self._under_way.discard(url)
+            return Outcome("TOO_MANY_HANG")
 
     async def close(self) -> None:
         """Threads that still hang end with the process."""
 
-    async def _in_thread(self, notify: Callable[[], bool]) -> Outcome:
-        if not self._threads.acquire(blocking=False):
-            return Outcome("TOO_MANY_HANG")
-        loop = asyncio.get_running_loop()
-        outcome: asyncio.Future[Outcome] = loop.create_future()
-
-        def tell(value: Outcome) -> None:
-            if not outcome.done():
-                outcome.set_result(value)
-
-        def run() -> None:
-            try:
-                value = Outcome("" if notify() else "NOT_TAKEN")
-            except Exception as error:  # noqa: BLE001 - a plug-in may raise anything
-                value = Outcome(type(error).__name__)
-            finally:
-                self._threads.release()
-            with suppress(RuntimeError):  # nobody waits for it any more
-                loop.call_soon_threadsafe(tell, value)
-
-        threading.Thread(target=run, name="apprise", daemon=True).start()
-        return await outcome
-
     def _service(self, url: str) -> Any:
-        return apprise.Apprise.instantiate(url, suppress_exceptions=True)
+        """The service of a URL; None of one that is none, or that would read files or fetch what the URL says."""
+        arguments = {name.lower() for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)}
+        if not url.isascii() or not url.isprintable() or arguments & READING:
+            return None
+        service = apprise.Apprise.instantiate(url, suppress_exceptions=True)
+        if service is None:
+            return None
+        reads = any(isinstance(value, apprise.AppriseAttachment) and len(value) for value in vars(service).values())
+        return None if reads else service

@@ -1,12 +1,14 @@
 """Files of JSON lines, for trying things out and for programs that watch a file."""
 
-import asyncio
+import os
 import re
 from pathlib import Path
 
 from services.analytics.alerting import Outcome
 from services.analytics.channels import BadConfigError, Config, Described, Message
+from services.analytics.channels.threads import Threads
 
+THREADS_MAX = 100
 NAME = re.compile(r"[A-Za-z0-9_-]{1,64}")
 
 
@@ -15,6 +17,7 @@ class File:
 
     def __init__(self, directory: str) -> None:
         self._directory = directory
+        self._threads = Threads(THREADS_MAX, "file")
 
     def describe(self, config: Config) -> Described:
         if not self._directory:
@@ -26,7 +29,7 @@ class File:
     async def send(self, config: Config, message: Message) -> Outcome:
         if not self._directory:
             return Outcome("NO_DIRECTORY", permanent=True)
-        await asyncio.to_thread(self._append, config["name"], f"{message.content}\n")
+        await self._threads.run(lambda: self._append(config["name"], f"{message.content}\n"))
         return Outcome()
 
     async def close(self) -> None:
@@ -35,5 +38,8 @@ class File:
     def _append(self, name: str, line: str) -> None:
         directory = Path(self._directory)
         directory.mkdir(parents=True, exist_ok=True)
-        with (directory / f"{name}.jsonl").open("a", encoding="utf-8") as file:
-            file.write(line)
+        file = os.open(directory / f"{name}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+        try:
+            os.write(file, line.encode())
+        finally:
+            os.close(file)

@@ -13,12 +13,12 @@ import aiohttp
 
 from services.analytics.alerting import Outcome
 from services.analytics.channels import BadConfigError, Config, Described, Message
-from services.analytics.channels.addresses import PrivateAddressError, PublicResolver, literal, public
+from services.analytics.channels.addresses import PrivateAddressError, Resolver, literal, public
 
 SECRET_PREFIX = "whsec_"  # noqa: S105 - the mark of one
 SECRET_BYTES = range(24, 65)
 URL_CHARACTERS_MAX = 2_000
-RETRIED_4XX = frozenset({408, 425, 429})
+RETRIED_4XX = frozenset({401, 403, 404, 408, 425, 429})  # as while a receiver is deployed, or its proxy
 CONNECTIONS_MAX = 1_000  # the sender's own bound is tighter
 
 
@@ -80,7 +80,7 @@ class Webhook:
             # A connection for each request: what a target does to one is nothing to the next.
             connector = aiohttp.TCPConnector(
                 limit=CONNECTIONS_MAX, force_close=True, use_dns_cache=False,
-                resolver=None if self._private else PublicResolver(),
+                resolver=Resolver(private=self._private),
             )  # fmt: skip
             self._session = aiohttp.ClientSession(
                 connector=connector, cookie_jar=aiohttp.DummyCookieJar(), timeout=aiohttp.ClientTimeout(total=None)

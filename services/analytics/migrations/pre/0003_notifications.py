@@ -126,7 +126,11 @@ STATEMENTS = (
         CONSTRAINT delivery_once UNIQUE (subscription_id, alert_id, alert_version)
     )
     """,
-    "CREATE INDEX delivery_due ON desk.delivery (target_id, due_at, seq) WHERE state IN ('PENDING', 'SENDING')",
+    """
+    CREATE INDEX delivery_due ON desk.delivery (target_id, urgent DESC, due_at, seq)
+      WHERE state IN ('PENDING', 'SENDING')
+    """,
+    "CREATE INDEX delivery_digests_due ON desk.delivery (due_at, subscription_id) WHERE state = 'GATHERED'",
     "CREATE INDEX delivery_gathered ON desk.delivery (subscription_id, seq) WHERE state = 'GATHERED'",
     "CREATE INDEX delivery_dead ON desk.delivery (settled_at) WHERE state = 'DEAD'",
     "CREATE INDEX delivery_by_time ON desk.delivery (created_at, delivery_id)",
