@@ -162,6 +162,9 @@ class Guard:
                 for sku, _, quantity in answer.allocations:
                     kept[sku] = kept.get(sku, 0) + quantity
             for counter, admission, amount in counted:
+                if answer and admission.time == admission.at:
+                    # An order without a time of its own was made when it was held, by the clock that usage goes by.
+                    admission.time = answer.placed_at
                 gone = amount - kept.get(counter[1], 0)
                 if gone:
                     admission.amount -= gone

@@ -157,6 +157,21 @@ def test_admissions_that_analytics_tells_of_are_not_counted_twice() -> None:
     assert [refusal is None for refusal in admit(guard, [ask(at=2), ask(at=2)])] == [True, False]
 
 
+@pytest.mark.parametrize("ahead", [-5, 0.5, 5])
+def test_an_order_without_a_time_counts_once_whatever_the_clocks(ahead: float) -> None:
+    """It was made when it was held, by the database's clock, which is what the usage says of it."""
+    guard = made(HOLDS)
+    for second, (told, told_of) in enumerate([(0, 0), (1, 1), (1, 2)]):
+        now = NOW + timedelta(seconds=second)
+        placed = now + timedelta(seconds=ahead)
+        if told:
+            as_of = NOW + timedelta(seconds=told_of - 1 + ahead)
+            guard.apply(Usage("holds", hashed(Kind.CUSTOMER, "ann"), "", ((NOW + MINUTE, told_of),), as_of), now)
+        assert not guard.judge([asked := ask()], now)
+        guard.settle({asked.reservation_id: Held((("A", "MAIN", 1),), (), placed, placed, replayed=False)})
+    assert admit(guard, [ask()], NOW + timedelta(seconds=3))[0]
+
+
 def test_own_admissions_are_forgotten_when_analytics_would_have_told() -> None:
     """After OWN_SECONDS of the pod's clock, whatever the orders' times."""
     guard = made(HOLDS)
