@@ -167,7 +167,8 @@ def test_an_order_without_a_time_counts_once_whatever_the_clocks(ahead: float) -
         if told:
             as_of = NOW + timedelta(seconds=told_of - 1 + ahead)
             guard.apply(Usage("holds", hashed(Kind.CUSTOMER, "ann"), "", ((NOW + MINUTE, told_of),), as_of), now)
-        assert not guard.judge([asked := ask()], now)
+        asked = ask()
+        assert not guard.judge([asked], now)
         guard.settle({asked.reservation_id: Held((("A", "MAIN", 1),), (), placed, placed, replayed=False)})
     assert admit(guard, [ask()], NOW + timedelta(seconds=3))[0]
 
