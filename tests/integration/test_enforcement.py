@@ -1,6 +1,8 @@
 """Verdicts told over Kafka, and what Reserve makes of them."""
 
 import asyncio
+import os
+import signal
 from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -216,6 +218,26 @@ async def test_a_follower_skips_poison_and_goes_on_where_it_stopped(stack: Stack
         told = [await heard(guard), await heard(guard)]
     assert [getattr(one, "subject", "") for one in told] == ["customer:k1:first", "customer:k1:second"]
     assert guard.heard.empty()
+
+
+async def test_with_kafka_away_what_is_known_goes_on(
+    stack: Stack, judge: Judge, at: Callable[[Guard], Commands], holdfast: Holdfast
+) -> None:
+    """Blocks hold meanwhile; afterwards the next verdict arrives."""
+    sku, customer, guard = await goods(holdfast, 10), new("customer"), Heard()
+    commands = at(guard)
+    await judge.blocks(hashed(customer))
+    async with following(stack, judge, guard):
+        assert await heard(guard)
+        os.kill(stack.pids["Kafka"], signal.SIGSTOP)
+        try:
+            lifted = asyncio.create_task(judge.lifts(hashed(customer)))
+            assert await reasons(commands, ask(customer, sku), ask("", sku)) == [Reason.SUBJECT_BLOCKED, ""]
+        finally:
+            os.kill(stack.pids["Kafka"], signal.SIGCONT)
+        await lifted
+        await heard(guard)
+        assert await reasons(commands, ask(customer, sku)) == [""]
 
 
 async def test_a_pod_serves_without_kafka() -> None:
