@@ -47,7 +47,7 @@ RULES_CHANGED = "UPDATE desk.judged SET rules_changed = rules_changed + 1"
 
 # -- signals
 
-JUDGED = "SELECT seq, rules_changed FROM desk.judged"
+JUDGED = "SELECT seq, rules_changed, EXISTS (SELECT FROM desk.returned) AS returned FROM desk.judged"
 # Moves on from the last signal that a judge knows, or from nowhere at all: then someone else has judged.
 TAKE_SEQ = "UPDATE desk.judged SET seq = seq + $2 WHERE seq = $1 RETURNING rules_changed"
 COMPLETE_UNTIL = "SELECT greatest(min(complete_until), to_timestamp(0)) FROM desk.judged_partition"
@@ -170,11 +170,11 @@ async def rules_in_use(connection: Connection) -> list[Rule]:
 # -- signals
 
 
-async def judged(connection: Connection) -> tuple[int, int]:
-    """The number of the last signal, and how often rules have changed."""
+async def judged(connection: Connection) -> tuple[int, int, bool]:
+    """The number of the last signal, how often rules have changed, and whether goods that came back wait."""
     row = await connection.fetchrow(JUDGED)
     assert row is not None
-    return row["seq"], row["rules_changed"]
+    return row["seq"], row["rules_changed"], row["returned"]
 
 
 async def write_signals(connection: Connection, seq: int, signals: Sequence[Signal]) -> int | None:

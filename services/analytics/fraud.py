@@ -83,8 +83,7 @@ class Engine:
 
     async def _judged_nothing(self, place: Place) -> None:
         async with self._turn:
-            await self._ready()
-            await self._judged(place, [])
+            await self._judged(place, [], returned=await self._ready())
 
     async def _apply(self, batch: Batch, bury: Bury) -> None:
         async with self._turn:
@@ -94,9 +93,8 @@ class Engine:
             )
             changes = await parse(batch.messages, codec.reservation, bury)
             try:
-                await self._ready()
-                while not await self._judged(place, changes):
-                    await self._ready()
+                while not await self._judged(place, changes, returned=await self._ready()):
+                    pass
             except Refusal as refusal:
                 self._judge = None
                 raise Busy(refusal.message) from refusal
@@ -104,17 +102,19 @@ class Engine:
                 self._judge = None  # it may know what was not kept
                 raise
 
-    async def _judged(self, place: Place, changes: Sequence[Reservation]) -> bool:
+    async def _judged(self, place: Place, changes: Sequence[Reservation], *, returned: bool) -> bool:
         """Judge and keep; False when someone else has judged meanwhile."""
         judge = self._judge
         assert judge is not None
-        async with self._database.connection() as connection:
-            returned = await connection.fetch(cases.RETURNED, RETURNED_MAX)
-        signals, findings, usages = _see(judge, changes, returned)
+        goods: Sequence[Record] = ()
+        if returned:
+            async with self._database.connection() as connection:
+                goods = await connection.fetch(cases.RETURNED, RETURNED_MAX)
+        signals, findings, usages = _see(judge, changes, goods)
         await self._make_partitions(signals)
         try:
             changed = await self._database.run(
-                lambda connection: self._keep(connection, place, signals, returned, findings, usages)
+                lambda connection: self._keep(connection, place, signals, goods, findings, usages)
             )
         except _BehindError:
             log.info("someone else has judged")
@@ -206,29 +206,27 @@ class Engine:
 
     # -- the judge ----------------------------------------------------------------------------------------------------
 
-    async def _ready(self) -> None:
-        """Have a judge who knows all that was judged, by the newest rules that are ready."""
+    async def _ready(self) -> bool:
+        """Have a judge who knows all that was judged, by the newest rules that are ready; whether returns wait."""
         if self._next and (self._judge is None or self._next.done()):
             self._judge, self._seq, self._rules_changed = await self._next
             self._next = None
             log.info("rules changed", signals=self._seq)
         if self._judge is None:
             self._judge, self._seq, self._rules_changed = await self._made()
-        await self._catch_up()
+        async with self._database.connection() as connection:
+            last, _, returned = await cases.judged(connection)
+        if last != self._seq:
+            self._seq = await self._taught(self._judge, self._seq)
+        return returned
 
     async def _made(self) -> tuple[Judge, int, int]:
         """A judge by the rules of now, and the last signal that it has seen."""
         async with self._database.connection() as connection:
-            last, changed = await cases.judged(connection)
+            last, changed, _ = await cases.judged(connection)
             judge = Judge(await cases.rules_in_use(connection), self._policy)
         seq = await self._taught(judge, max(0, last - self._settings.fraud_history_signals))
         return judge, seq, changed
-
-    async def _catch_up(self) -> None:
-        async with self._database.connection() as connection:
-            last, _ = await cases.judged(connection)
-        if self._judge and last != self._seq:
-            self._seq = await self._taught(self._judge, self._seq)
 
     async def _taught(self, judge: Judge, seq: int) -> int:
         """Show a judge every signal after `seq`; the last one's number."""

@@ -21,6 +21,9 @@ class Settings(settings.Settings):
     heal_poll_seconds: float = Field(default=5, gt=0, description="Between looks for what gaps are missing.")
     aging_poll_seconds: float = Field(default=30, gt=0, description="Between agings of the sums of the mart.")
 
+    judge_linger_seconds: float = Field(
+        default=0.1, ge=0, description="Between small batches that antifraud judges; a block comes later by as much."
+    )
     fraud_review_score: int = Field(default=50, ge=1, description="From it on a subject's score opens a case.")
     fraud_block_score: int = Field(default=100, ge=1, description="From it on a subject is blocked.")
     fraud_block_seconds: float = Field(default=900, gt=0, le=7 * 86_400, description="How long a block by rules is.")

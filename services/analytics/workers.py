@@ -62,6 +62,7 @@ class Workers:
             self._engine.apply,
             dlq_messages_max=settings.dlq_messages_max,
             batch_messages_max=JUDGE_MESSAGES_MAX,
+            linger_seconds=settings.judge_linger_seconds,
             positions=self._engine.positions,
         )
 
