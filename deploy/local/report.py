@@ -186,6 +186,12 @@ HOW = """
   grpcurl -plaintext -d '{{"range": {{"start_time": "2000-01-01T00:00:00Z"}}, "period": "PERIOD_MONTH"}}' \\
     {analytics_pod} holdfast.analytics.v1.AnalyticsService/ReportSales
 
+  grpcurl -plaintext -d '{{"state": "CASE_STATE_OPEN"}}' {analytics_pod} \
+    holdfast.analytics.v1.FraudService/ListCases
+
+  grpcurl -plaintext -d '{{"state": "ALERT_STATE_OPEN"}}' {analytics_pod} \
+    holdfast.analytics.v1.NotificationService/ListAlerts
+
   [dim]# ghz[/]
   ghz --insecure --call holdfast.reservation.v1.ReservationService/Reserve -c 64 -z 10s \\
     -d '{{"reservation_id": "{{{{newUUID}}}}", "lines": [{{"sku": "{sku}", "quantity": 1}}]}}' {reservation_pod}
