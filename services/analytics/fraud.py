@@ -33,7 +33,7 @@ from services.analytics.projection import one_by_one, parse
 from services.analytics.settings import Settings
 from services.analytics.store import Place
 from shared import outbox, partitions, watermark
-from shared.consumer import Batch, Bury, Busy, Elsewhere
+from shared.consumer import Batch, Bury, Busy, Elsewhere, Message, Poison
 from shared.database import Connection, Database, Record
 from shared.outbox import Event
 from shared.refusal import Refusal
@@ -74,12 +74,12 @@ class Engine:
         async with self._database.connection() as connection:
             return await store.positions(connection, places, cases.PARTITIONS)
 
-    async def apply(self, batch: Batch, bury: Bury) -> None:
-        """Judge a batch of one partition.
+    async def apply(self, batch: Batch, _bury: Bury) -> None:
+        """Judge a batch of one partition. What is poison the projection buries, and nobody judges.
 
         Raises Busy while the database is away, Elsewhere when the partition is not where the batch begins.
         """
-        await one_by_one(batch, bury, self._apply, self._judged_nothing)
+        await one_by_one(batch, _leave, self._apply, self._judged_nothing)
 
     async def _judged_nothing(self, place: Place) -> None:
         async with self._turn:
@@ -247,6 +247,10 @@ class Engine:
                 async with self._database.connection() as connection:
                     await partitions.make(connection, "desk.signal", month)
                 self._months.add(month)
+
+
+async def _leave(message: Message, poison: Poison) -> None:
+    log.info("not judged", topic=message.topic, offset=message.offset, reason=poison.reason)
 
 
 async def seed(database: Database) -> None:

@@ -34,7 +34,7 @@ DISTINCT_MAX = 1_000
 HISTORY_MAX = 127
 HISTORY_MIN = 30
 USUAL_MAX = 4_095
-CASE_RESERVATIONS_MAX = 100
+CASE_RESERVATIONS_MAX = 1_000
 MAD_TO_SIGMA = 1.4826
 SCALE_MIN = math.log(2)  # a quantity twice as large is never more than one sigma away
 
