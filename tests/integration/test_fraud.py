@@ -351,3 +351,14 @@ async def test_the_real_orders(shop: Shop) -> None:
         fired = ", ".join(f"{one.rule_id} {one.value:g}" for one in case.rules)
         print(case.score, pb.Decision.Name(case.decision), case.subject, case.reservation_ids[0], fired)
     assert sorted(map(comparable, (await backtest(shop))[-1].active.top_cases)) == sorted(map(comparable, found))
+
+
+async def test_what_cannot_be_judged_stops_nobody(shop: Shop) -> None:
+    """What is no event, or what the database cannot keep, is passed over; its neighbours are judged."""
+    engine = shop.engine()
+    events = [changed(f"r{n}", 1, START, who="customer:k1:a", held=1) for n in range(20)]
+    odd = [b"\xff\xff", changed("nul", 1, START, who="customer:k1:b\0", held=1)]
+    batch = await shop.show(engine, [*events[:10], *odd, *events[10:]])
+    ((subject, *_),) = await shop.cases()
+    assert subject == "customer:k1:a"
+    assert (await engine.positions([batch.partition]))[batch.partition] == len(events) + len(odd)
