@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import redis.asyncio as redis
 
+from deploy.local.analysis import caught_up
 from deploy.local.stack import Stack
 from deploy.local.supervisor import Supervisor
 from services.inventory.cache import Cache
@@ -74,8 +75,15 @@ def pods(stack: Stack) -> Iterator[Supervisor]:
         yield supervisor
 
 
+@pytest.fixture(scope="session")
+async def following(pods: Supervisor) -> None:
+    """Analytics follows: a pod serves before its consumers have joined their groups, which may take a while."""
+    async with Holdfast(*(pods.targets[name] for name in ("inventory", "reservation", "analytics"))) as client:
+        await caught_up(client)
+
+
 @pytest.fixture
-async def holdfast(pods: Supervisor) -> AsyncIterator[Holdfast]:
+async def holdfast(pods: Supervisor, following: None) -> AsyncIterator[Holdfast]:  # noqa: ARG001 - it is waited for
     """A client of all services, balanced over their pods."""
     async with Holdfast(*(pods.targets[name] for name in ("inventory", "reservation", "analytics"))) as client:
         yield client
