@@ -161,6 +161,9 @@ class Commands:
             new = await store.insert_changes(connection, held)
             others = [c for c in first.values() if c.reservation_id in reservations and _identity(c) not in new]
             known = await store.read_changes(connection, others) if others else {}
+            # What was booked by another pod since the reservations were read: a repeat sees what it came to.
+            done = {name for (name, _), one in known.items() if one.state != "PENDING"}
+            reservations |= await store.read(connection, done) if done else {}
         wanted = {identity: first[identity] for identity in new}
         wanted |= {identity: one.change for identity, one in known.items() if one.state == "PENDING"}
         booked = await self._carry_out(list(wanted.values()), reservations) if wanted else {}
