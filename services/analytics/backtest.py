@@ -59,7 +59,7 @@ class Trial:
         findings, _ = self._judge.see(signal)
         if signal.skus:
             self._refuse(signal)
-        elif signal.reservation_id in self._refused:
+        elif not signal.returned and signal.reservation_id in self._refused:
             self._refused[signal.reservation_id].sold = signal.sold
         for finding in findings:
             if finding.shadow or finding.at < self._start:

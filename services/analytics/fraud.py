@@ -209,8 +209,8 @@ class Engine:
     async def _ready(self) -> bool:
         """Have a judge who knows all that was judged, by the newest rules that are ready; whether returns wait."""
         if self._next and (self._judge is None or self._next.done()):
-            self._judge, self._seq, self._rules_changed = await self._next
-            self._next = None
+            made, self._next = self._next, None  # a fault of its making must not be met again
+            self._judge, self._seq, self._rules_changed = await made
             log.info("rules changed", signals=self._seq)
         if self._judge is None:
             self._judge, self._seq, self._rules_changed = await self._made()

@@ -116,6 +116,7 @@ STATEMENTS = (
     """,
     "CREATE UNIQUE INDEX IF NOT EXISTS case_open ON desk.fraud_case (subject) WHERE state = 'OPEN'",
     "CREATE UNIQUE INDEX IF NOT EXISTS case_shadow ON desk.fraud_case (subject) WHERE state = 'SHADOW'",
+    "CREATE INDEX IF NOT EXISTS case_by_subject ON desk.fraud_case (subject, created_at, case_id)",
     "CREATE INDEX IF NOT EXISTS case_exempt ON desk.fraud_case (subject) WHERE exempt_until IS NOT NULL",
     "CREATE INDEX IF NOT EXISTS case_by_time ON desk.fraud_case (created_at, case_id)",
     # Who did what to a case: never changed, never deleted.
