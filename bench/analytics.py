@@ -13,9 +13,10 @@ from holdfast.analytics.v1 import analytics_pb2 as pb
 
 from services.analytics import history, reports, rules
 from services.analytics.backtest import Trial, backtest
-from services.analytics.judge import Effect, Policy
+from services.analytics.fraud import policy
 from services.analytics.projection import Projection
 from services.analytics.reports import Range, Report
+from services.analytics.settings import Settings
 from shared import partitions
 from shared.consumer import Batch, Message, Poison
 from shared.database import Database
@@ -169,7 +170,7 @@ async def backtested(dsn: str) -> float:
     """Events a second that the default rules are backtested on: those that were judged so far."""
     database = await Database.connect(dsn, name="bench", timeout_seconds=120)
     active = [rules.rule(message) for message, state in rules.defaults() if state == "ACTIVE"]
-    trial = Trial([rule for rule in active if rule.effect is Effect.SCORE], Policy(50, 100, 900), 0)
+    trial = Trial(active, policy(Settings(database_dsn=dsn)), 0)
     until = datetime.now(UTC) + timedelta(hours=1)
     try:
         began = time.perf_counter()

@@ -2,6 +2,7 @@
 
 import re
 from datetime import UTC, datetime, timedelta
+from typing import Any
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -36,6 +37,13 @@ def text(value: str, field: str, characters_max: int) -> str:
     if not value.isprintable():
         raise invalid(field, "must not have control characters")
     return value
+
+
+def name(enum: Any, value: int, field: str, prefix: str, *, optional: bool = False) -> str:
+    """The name of a value of a protobuf enum without its prefix; empty for 0, which only optional ones may be."""
+    if value not in enum.values() or not (value or optional):
+        raise invalid(field, "must be a known value")
+    return str(enum.Name(value)).removeprefix(prefix) if value else ""
 
 
 def quantity(value: int, field: str, *, least: int = 1, most: int = QUANTITY_MAX) -> int:

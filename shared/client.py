@@ -10,7 +10,7 @@ outcome. What a server refuses is raised as `shared.refusal.Refusal`; anything e
 """
 
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Iterable, Sequence
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from types import TracebackType
 from typing import Any, Self, TypeVar
@@ -183,16 +183,22 @@ class Holdfast:
 
     async def report(self, name: str, request: Any, *, pages_max: int = 1_000) -> list[Any]:
         """The rows of a report or of the stock view, such as `report("ReportSales", request)`, page after page."""
+        return await self.every(getattr(self.analytics, name), request, "rows", pages_max=pages_max)
+
+    async def every(
+        self, call: Callable[[Any], Awaitable[Any]], request: Any, field: str, *, pages_max: int = 1_000
+    ) -> list[Any]:
+        """What the answers of a list have in `field`, page after page."""
         asked = type(request)()
         asked.CopyFrom(request)
-        rows: list[Any] = []
+        found: list[Any] = []
         for _ in range(pages_max):
-            answer = await self._call(getattr(self.analytics, name)(asked))
-            rows += answer.rows
+            answer = await self._call(call(asked))
+            found += getattr(answer, field)
             asked.page_token = answer.next_page_token
             if not asked.page_token:
                 break
-        return rows
+        return found
 
     async def _call(self, call: Awaitable[T]) -> T:
         """Wait for a call, count its pod, and raise what was refused."""

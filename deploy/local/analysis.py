@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections import Counter
-from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any
 
@@ -60,7 +59,7 @@ async def analyse(holdfast: Holdfast, inventory_dsn: str, analytics_dsn: str) ->
     months = await holdfast.report("ReportSales", pb.ReportSalesRequest(range=EVER, period=pb.PERIOD_MONTH))
     top = await holdfast.report("ReportTopSkus", pb.ReportTopSkusRequest(range=EVER, page_size=TOP_ROWS), pages_max=1)
     funnel = await holdfast.report("ReportFunnel", pb.ReportFunnelRequest(range=EVER, period=pb.PERIOD_MONTH))
-    cases = await _all(
+    cases = await holdfast.every(
         holdfast.fraud.ListCases, fraud.ListCasesRequest(page_size=1_000, state=fraud.CASE_STATE_OPEN), "cases"
     )
     return {
@@ -94,8 +93,10 @@ async def notified(holdfast: Holdfast) -> dict[str, Any]:
     while quiet < NOTIFY_QUIET_LOOKS and time.monotonic() < until:
         await asyncio.sleep(NOTIFY_LOOK_SECONDS)
         quiet = 0 if await _on_the_way(holdfast) else quiet + 1
-    alerts = await _all(holdfast.notifications.ListAlerts, notification.ListAlertsRequest(page_size=1_000), "alerts")
-    deliveries = await _all(
+    alerts = await holdfast.every(
+        holdfast.notifications.ListAlerts, notification.ListAlertsRequest(page_size=1_000), "alerts"
+    )
+    deliveries = await holdfast.every(
         holdfast.notifications.ListDeliveries, notification.ListDeliveriesRequest(page_size=1_000), "deliveries"
     )
     kinds = Counter(notification.AlertKind.Name(one.kind).removeprefix("ALERT_KIND_") for one in alerts)
@@ -117,17 +118,6 @@ async def _on_the_way(holdfast: Holdfast) -> bool:
         if (await holdfast.notifications.ListDeliveries(request)).deliveries:
             return True
     return False
-
-
-async def _all(call: Callable[[Any], Awaitable[Any]], request: Any, field: str) -> list[Any]:
-    """Every page of a list."""
-    found: list[Any] = []
-    while True:
-        page = await call(request)
-        found += getattr(page, field)
-        request.page_token = page.next_page_token
-        if not request.page_token:
-            return found
 
 
 def _case(case: fraud.Case) -> dict[str, Any]:

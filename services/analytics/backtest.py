@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from datetime import datetime
 
 from services.analytics import cases
-from services.analytics.judge import Case, Judge, Policy, Rule, Signal, grow
+from services.analytics.judge import Case, Effect, Judge, Policy, Rule, Signal, grow
 from shared.database import Database
 
 READ_SIGNALS = 1_000
@@ -44,10 +44,10 @@ class _Refused:
 
 
 class Trial:
-    """A judge, and what follows from what it finds when nobody decides about it."""
+    """A judge by the rules that score, and what follows from what it finds when nobody decides about it."""
 
     def __init__(self, rules: Iterable[Rule], policy: Policy, start: float) -> None:
-        self._judge = Judge(rules, policy)
+        self._judge = Judge([rule for rule in rules if rule.effect is Effect.SCORE], policy)
         self._policy = policy
         self._start = start
         self._blocked: dict[str, tuple[float, float]] = {}

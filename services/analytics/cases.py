@@ -21,10 +21,12 @@ from services.analytics.judge import (
     Rule,
     Signal,
 )
+from services.analytics.listing import Listing
 from services.analytics.store import array
 from shared.database import Connection, Record, columns
 from shared.refusal import Refusal
 
+CASES = Listing("desk.fraud_case", "case_id", "created_at")
 PARTITIONS = "desk.judged_partition"
 OUTBOX = "desk.outbox"
 

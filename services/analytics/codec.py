@@ -1,6 +1,6 @@
 """Between events and the domain's data."""
 
-from datetime import UTC, datetime
+from datetime import datetime
 
 from google.protobuf.message import DecodeError
 from google.protobuf.timestamp_pb2 import Timestamp
@@ -17,7 +17,6 @@ from shared.wire import moment
 MOVEMENTS_TOPIC = "holdfast.inventory.movements.v1"
 CATALOG_TOPIC = "holdfast.inventory.catalog.v1"
 CHANGES_TOPIC = "holdfast.reservation.changes.v1"
-NEVER = datetime.min.replace(tzinfo=UTC)  # before any watermark
 VERDICTS_TOPIC = "holdfast.analytics.verdicts.v1"
 TOPICS = (MOVEMENTS_TOPIC, CATALOG_TOPIC, CHANGES_TOPIC)
 

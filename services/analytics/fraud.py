@@ -29,11 +29,11 @@ from holdfast.analytics.v1 import fraud_pb2 as pb
 from services.analytics import alerts, cases, codec, rules, store
 from services.analytics.domain import Reservation
 from services.analytics.judge import Case, Finding, Judge, Policy, Signal, Usage, grow
-from services.analytics.projection import one_by_one, parse
+from services.analytics.projection import leave, one_by_one, parse, place_of
 from services.analytics.settings import Settings
 from services.analytics.store import Place
-from shared import outbox, partitions, watermark
-from shared.consumer import Batch, Bury, Busy, Elsewhere, Message, Poison
+from shared import outbox, partitions
+from shared.consumer import Batch, Bury, Busy, Elsewhere
 from shared.database import Connection, Database, Record
 from shared.outbox import Event
 from shared.refusal import Refusal
@@ -79,7 +79,7 @@ class Engine:
 
         Raises Busy while the database is away, Elsewhere when the partition is not where the batch begins.
         """
-        await one_by_one(batch, _leave, self._apply, self._judged_nothing)
+        await one_by_one(batch, leave, self._apply, self._judged_nothing)
 
     async def _judged_nothing(self, place: Place) -> None:
         async with self._turn:
@@ -87,10 +87,7 @@ class Engine:
 
     async def _apply(self, batch: Batch, bury: Bury) -> None:
         async with self._turn:
-            told = [moment for message in batch.messages if (moment := watermark.of(message))]
-            place = Place(
-                batch.partition.topic, batch.partition.partition, batch.start, batch.end, max(told, default=codec.NEVER)
-            )
+            place = place_of(batch)
             changes = await parse(batch.messages, codec.reservation, bury)
             try:
                 while not await self._judged(place, changes, returned=await self._ready()):
@@ -247,10 +244,6 @@ class Engine:
                 async with self._database.connection() as connection:
                     await partitions.make(connection, "desk.signal", month)
                 self._months.add(month)
-
-
-async def _leave(message: Message, poison: Poison) -> None:
-    log.info("not judged", topic=message.topic, offset=message.offset, reason=poison.reason)
 
 
 async def seed(database: Database) -> None:

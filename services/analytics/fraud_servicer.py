@@ -7,12 +7,11 @@ from typing import Any
 import sqlalchemy as sa
 from holdfast.analytics.v1 import fraud_pb2 as pb
 from holdfast.analytics.v1 import fraud_pb2_grpc
-from sqlalchemy.dialects import postgresql
 
 from services.analytics import alerts, cases, fraud, rules
 from services.analytics.backtest import Outcome, Trial, backtest
 from services.analytics.domain import Reason
-from services.analytics.judge import Case, Effect, Rule, can_be_blocked
+from services.analytics.judge import Case, can_be_blocked
 from services.analytics.reports import time_range
 from services.analytics.settings import Settings
 from services.analytics.turns import Turns
@@ -37,11 +36,6 @@ STATES = {
 }
 RULE = sa.table(
     "rule", sa.column("rule_id"), sa.column("version"), sa.column("state"), schema="desk",
-)  # fmt: skip
-CASE = sa.table(
-    "fraud_case", sa.column("case_id"), sa.column("subject"), sa.column("state"), sa.column("decision"),
-    sa.column("score"), sa.column("rule_ids", postgresql.ARRAY(sa.Text)),
-    sa.column("created_at", sa.DateTime(timezone=True)), schema="desk",
 )  # fmt: skip
 
 
@@ -71,7 +65,7 @@ class FraudServicer(fraud_pb2_grpc.FraudServiceServicer):
         return pb.ValidateRuleResponse()
 
     async def ListRules(self, request: pb.ListRulesRequest, context: Context) -> pb.ListRulesResponse:
-        state = _name(pb.RuleState, request.state, "RULE_STATE_", "state")
+        state = check.name(pb.RuleState, request.state, "state", "RULE_STATE_", optional=True)
         rule_id = check.code(request.rule_id, "rule_id", optional=True)
         filters, size = (state, rule_id), pages.size(request.page_size)
         after = pages.decode(request.page_token, filters, 2)
@@ -114,34 +108,17 @@ class FraudServicer(fraud_pb2_grpc.FraudServiceServicer):
     # -- cases --------------------------------------------------------------------------------------------------------
 
     async def ListCases(self, request: pb.ListCasesRequest, context: Context) -> pb.ListCasesResponse:
-        state = _name(pb.CaseState, request.state, "CASE_STATE_", "state")
-        decision = _name(pb.Decision, request.decision, "DECISION_", "decision")
-        subject = check.text(request.subject, "subject", 200)
-        rule_id = check.code(request.rule_id, "rule_id", optional=True)
-        score_min = check.quantity(request.score_min, "score_min", least=0, most=2**31 - 1)
-        filters, size = (state, decision, subject, rule_id, score_min), pages.size(request.page_size)
-        after = pages.decode(request.page_token, filters, 2)
-        c = CASE.c
-        statement: sa.Select[Any] = sa.select(sa.literal_column("*")).select_from(CASE)
-        statement = statement.order_by(c.created_at.desc(), c.case_id.desc()).limit(size + 1)
-        if after:
-            statement = statement.where(
-                sa.tuple_(c.created_at, c.case_id) < sa.tuple_(pages.instant(after[0]), after[1])
-            )
-        for column, value in ((c.state, state), (c.decision, decision), (c.subject, subject)):
-            if value:
-                statement = statement.where(column == value)
-        if rule_id:
-            statement = statement.where(c.rule_ids.contains([rule_id]))
-        if score_min:
-            statement = statement.where(c.score >= score_min)
+        conditions: dict[str, object] = {
+            "state = ?": check.name(pb.CaseState, request.state, "state", "CASE_STATE_", optional=True),
+            "decision = ?": check.name(pb.Decision, request.decision, "decision", "DECISION_", optional=True),
+            "subject = ?": check.text(request.subject, "subject", 200),
+            "rule_ids @> ARRAY[?]": check.code(request.rule_id, "rule_id", optional=True),
+            "score >= ?": check.quantity(request.score_min, "score_min", least=0, most=2**31 - 1),
+        }
+        asked = {condition: value for condition, value in conditions.items() if value}
         async with self._database.connection() as connection:
-            rows = await fetch(connection, statement)
-        token = ""
-        if len(rows) > size:
-            last = rows[size - 1]
-            token = pages.encode([last["created_at"].isoformat(), last["case_id"]], filters)
-        return pb.ListCasesResponse(cases=[_case(row) for row in rows[:size]], next_page_token=token)
+            rows, token = await cases.CASES.page(connection, request, asked)
+        return pb.ListCasesResponse(cases=[_case(row) for row in rows], next_page_token=token)
 
     async def GetCase(self, request: pb.GetCaseRequest, context: Context) -> pb.GetCaseResponse:
         case_id = check.code(request.case_id, "case_id")
@@ -185,7 +162,7 @@ class FraudServicer(fraud_pb2_grpc.FraudServiceServicer):
         async with self._turns.turn():
             async with self._database.connection() as connection:
                 active = [rule for rule in await cases.rules_in_use(connection) if not rule.shadow]
-            trials = [Trial(_scoring(some), self._policy, asked.start.timestamp()) for some in (candidate, active)]
+            trials = [Trial(some, self._policy, asked.start.timestamp()) for some in (candidate, active)]
             answer = pb.BacktestRulesResponse()
             async for done, total in backtest(self._database, trials, asked.start - warm_up, asked.end):
                 answer = pb.BacktestRulesResponse(events_done=done, events_total=total)
@@ -233,10 +210,6 @@ async def _decide(connection: Connection, request: pb.DecideCaseRequest) -> Reco
     )
 
 
-def _scoring(some: list[Rule]) -> list[Rule]:
-    return [rule for rule in some if rule.effect is Effect.SCORE]
-
-
 def _case(row: Record) -> pb.Case:
     message = _message(cases.case(row), row["state"])
     message.create_time.CopyFrom(timestamp(row["created_at"]))
@@ -277,10 +250,3 @@ def _outcome(outcome: Outcome, most: int) -> pb.BacktestOutcome:
 
 def _unknown(case_id: str) -> Refusal:
     return Refusal(Reason.CASE_NOT_FOUND, f"there is no case {case_id}", case_id=case_id)
-
-
-def _name(enum: Any, value: int, prefix: str, field: str) -> str:
-    """The name of a filter's value without its prefix; empty for any."""
-    if value not in enum.values():
-        raise check.invalid(field, "must be a known value")
-    return str(enum.Name(value)).removeprefix(prefix) if value else ""

@@ -16,7 +16,7 @@ those not seen for longest are forgotten.
 import math
 from bisect import bisect_left, insort
 from collections import OrderedDict, deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from hashlib import blake2b
@@ -474,11 +474,7 @@ class Judge:
         highest, of = 0.0, ""
         for sku, units in zip(signal.skus, signal.asked, strict=True):
             value = math.log(units)
-            history = self._histories.get(sku)
-            if history is None:
-                history = _keep(self._histories, sku, History(HISTORY_MAX), HISTORIES_MAX)
-            else:
-                self._histories.move_to_end(sku)
+            history = _recall(self._histories, sku, lambda: History(HISTORY_MAX), HISTORIES_MAX)
             usual = history if len(history) >= HISTORY_MIN else self._usual_quantity
             z = usual.z(value) if len(usual) >= HISTORY_MIN else 0.0
             if z > highest:
@@ -557,10 +553,10 @@ class Judge:
         units: int,
     ) -> list[Finding]:
         deciding = tuple(one for rule, one in fired if not rule.shadow)
-        decision = self._decision(kind, subject, sum(one.score for one in deciding))
+        score = sum(one.score for one in deciding)
+        decision = self._decision(kind, subject, score)
         found = []
         if decision:
-            score = sum(one.score for one in deciding)
             found.append(Finding(subject, kind, decision, score, deciding, at, reservation_id, units, shadow=False))
         if self._shadowed:
             candidate = tuple(one for rule, one in fired if rule.shadow or rule.rule_id not in self._shadowed)
@@ -591,20 +587,10 @@ class Judge:
     # -- windows ------------------------------------------------------------------------------------------------------
 
     def _count(self, window: _Window, *key: str) -> Counts:
-        place = (window, *key)
-        counts = self._counts.get(place)
-        if counts is None:
-            return _keep(self._counts, place, Counts(window.seconds), WINDOWS_MAX)
-        self._counts.move_to_end(place)
-        return counts
+        return _recall(self._counts, (window, *key), lambda: Counts(window.seconds), WINDOWS_MAX)
 
     def _names(self, window: _Window, *key: str) -> Distinct:
-        place = (window, *key)
-        names = self._distinct.get(place)
-        if names is None:
-            return _keep(self._distinct, place, Distinct(window.seconds), SETS_MAX)
-        self._distinct.move_to_end(place)
-        return names
+        return _recall(self._distinct, (window, *key), lambda: Distinct(window.seconds), SETS_MAX)
 
     def _total(self, window: _Window, subject: str, at: float, *extra: str) -> int:
         counts = self._counts.get((window, subject, *extra))
@@ -709,4 +695,13 @@ def _keep(kept: OrderedDict[Key, Value], key: Key, value: Value, most: int) -> V
     kept[key] = value
     if len(kept) > most:
         kept.popitem(last=False)
+    return value
+
+
+def _recall(kept: OrderedDict[Key, Value], key: Key, make: Callable[[], Value], most: int) -> Value:
+    """What is remembered under a key, used just now; where there is nothing, what is made is remembered."""
+    value = kept.get(key)
+    if value is None:
+        return _keep(kept, key, make(), most)
+    kept.move_to_end(key)
     return value

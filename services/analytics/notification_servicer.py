@@ -23,7 +23,8 @@ from services.analytics.alerting import (
     bad_placeholder,
 )
 from services.analytics.channels import BadConfigError, Channel
-from services.analytics.desk import Listing, Wanted
+from services.analytics.desk import Wanted
+from services.analytics.listing import Listing
 from services.analytics.settings import Settings
 from shared import check
 from shared.database import Connection, Database, Record
@@ -72,13 +73,13 @@ class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
     async def ListAlerts(self, request: pb.ListAlertsRequest, context: Context) -> pb.ListAlertsResponse:
         conditions: dict[str, object] = {}
         if request.kind:
-            conditions["kind = ?"] = _name(pb.AlertKind, request.kind, "kind", _KIND)
+            conditions["kind = ?"] = check.name(pb.AlertKind, request.kind, "kind", _KIND)
         if request.state:
-            conditions["state = ?"] = _name(pb.AlertState, request.state, "state", _STATE)
+            conditions["state = ?"] = check.name(pb.AlertState, request.state, "state", _STATE)
         if request.sku:
             conditions["sku = ?"] = check.code(request.sku, "sku")
         if request.severity_min:
-            least = Severity[_name(pb.AlertSeverity, request.severity_min, "severity_min", _SEVERITY)]
+            least = Severity[check.name(pb.AlertSeverity, request.severity_min, "severity_min", _SEVERITY)]
             conditions["severity = ANY (?::text[])"] = [one.name for one in Severity if one >= least]
         rows, token = await self._page(desk.ALERTS, request, conditions)
         return pb.ListAlertsResponse(alerts=map(_shown_alert, rows), next_page_token=token)
@@ -136,7 +137,7 @@ class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
     async def ListDeliveries(self, request: pb.ListDeliveriesRequest, context: Context) -> pb.ListDeliveriesResponse:
         conditions: dict[str, object] = {}
         if request.state:
-            conditions["state = ?"] = _name(pb.DeliveryState, request.state, "state", _DELIVERY)
+            conditions["state = ?"] = check.name(pb.DeliveryState, request.state, "state", _DELIVERY)
         if request.subscription_id:
             conditions["subscription_id = ?"] = check.code(request.subscription_id, "subscription_id")
         if request.alert_id:
@@ -196,19 +197,12 @@ class NotificationServicer(notification_pb2_grpc.NotificationServiceServicer):
 # -- from what callers send
 
 
-def _name(enum: Any, value: int, field: str, prefix: str) -> str:
-    """The name of a value of an enum, as the domain has it."""
-    if not value or value not in enum.values():
-        raise check.invalid(field, "must be a known value")
-    return str(enum.Name(value).removeprefix(prefix))
-
-
 def _severity(value: int, field: str, default: Severity) -> Severity:
-    return Severity[_name(pb.AlertSeverity, value, field, _SEVERITY)] if value else default
+    return Severity[check.name(pb.AlertSeverity, value, field, _SEVERITY)] if value else default
 
 
 def _rule(asked: pb.AlertRule) -> Rule:
-    kind = Kind(_name(pb.AlertKind, asked.kind, "rule.kind", _KIND))
+    kind = Kind(check.name(pb.AlertKind, asked.kind, "rule.kind", _KIND))
     opens, closes = asked.open_level, asked.close_level
     for field, level in (("rule.open_level", opens), ("rule.close_level", closes)):
         if not math.isfinite(level) or not 0 <= level <= LEVEL_MAX:
@@ -242,7 +236,7 @@ def _rule(asked: pb.AlertRule) -> Rule:
 
 def _kinds(asked: pb.Subscription) -> frozenset[str]:
     check.count(len(asked.kinds), "subscription.kinds", KINDS_MAX, least=0)
-    return frozenset(_name(pb.AlertKind, kind, "subscription.kinds", _KIND) for kind in asked.kinds)
+    return frozenset(check.name(pb.AlertKind, kind, "subscription.kinds", _KIND) for kind in asked.kinds)
 
 
 def _filters(asked: pb.Subscription, field: str) -> tuple[str, ...]:

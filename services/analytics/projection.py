@@ -5,7 +5,7 @@ The package's docstring says why nothing is lost or doubled.
 
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TypeVar
 
 import asyncpg
@@ -23,6 +23,7 @@ from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
 Item = TypeVar("Item")
+NEVER = datetime.min.replace(tzinfo=UTC)  # before any watermark
 
 
 class Projection:
@@ -47,8 +48,7 @@ class Projection:
 
     async def _apply(self, batch: Batch, bury: Bury) -> None:
         topic = batch.partition.topic
-        told = [time for message in batch.messages if (time := watermark.of(message))]
-        place = Place(topic, batch.partition.partition, batch.start, batch.end, max(told, default=codec.NEVER))
+        place = place_of(batch)
         try:
             match topic:
                 case codec.MOVEMENTS_TOPIC:
@@ -152,6 +152,17 @@ async def _write_reservations(connection: Connection, reservations: Sequence[Res
         await store.write_reservations(connection, new, known, sales)
 
 
+def place_of(batch: Batch) -> Place:
+    """Where a batch stands, and the latest time that its watermarks tell."""
+    told = [time for message in batch.messages if (time := watermark.of(message))]
+    return Place(batch.partition.topic, batch.partition.partition, batch.start, batch.end, max(told, default=NEVER))
+
+
+async def leave(message: Message, poison: Poison) -> None:
+    """For who reads what the live projection has read, or will: that one buries it."""
+    log.debug("poison", topic=message.topic, offset=message.offset, reason=poison.reason)
+
+
 async def one_by_one(
     batch: Batch,
     bury: Bury,
@@ -165,7 +176,7 @@ async def one_by_one(
         start = batch.start
         if len(batch.messages) == 1:
             await bury(batch.messages[0], Poison(f"not to be kept: {type(error).__name__}"))
-            await skip(Place(batch.partition.topic, batch.partition.partition, start, batch.end, codec.NEVER))
+            await skip(place_of(batch))
             return
         for message in batch.messages:
             one = Batch(batch.partition, start, [message])

@@ -17,9 +17,9 @@ import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from services.analytics import codec, history, store
-from services.analytics.projection import Projection
+from services.analytics.projection import Projection, leave
 from services.analytics.settings import Settings
-from shared.consumer import Batch, Message, Poison
+from shared.consumer import Batch, Message
 from shared.database import PLANNER, Connection, Database
 from shared.migrate import migrate
 
@@ -111,7 +111,7 @@ async def _fill(settings: Settings, database: Database) -> int:
 
     async def apply(place: TopicPartition, messages: list[Message]) -> None:
         batch = Batch(place, at[place], messages)
-        await projection.apply(batch, _leave)
+        await projection.apply(batch, leave)
         at[place] = batch.end
 
     async def behind(ends: Mapping[TopicPartition, int]) -> int:
@@ -135,8 +135,3 @@ async def _fill(settings: Settings, database: Database) -> int:
         return read
     finally:
         await consumer.stop()
-
-
-async def _leave(message: Message, poison: Poison) -> None:
-    """Poison went to the dead letters when it was first read."""
-    log.debug("poison", offset=message.offset, reason=poison.reason)

@@ -217,7 +217,4 @@ def _position(token: str, filters: object) -> tuple[datetime, str] | None:
     position = pages.decode(token, filters, 2)
     if position is None:
         return None
-    try:
-        return datetime.fromisoformat(position[0]), position[1]
-    except ValueError:
-        raise Refusal(Reason.PAGE_TOKEN_INVALID, "the page token is not of this list") from None
+    return pages.instant(position[0]), position[1]

@@ -20,11 +20,6 @@ LIMIT = 100  # holds a minute of a network, as services/analytics/rules.toml has
 SECONDS_MAX = 20
 
 
-async def subject_of(holdfast: Holdfast, kind: rp.IdentityKind.ValueType, value: str) -> str:
-    request = rp.ResolveSubjectsRequest(identities=[rp.Subject(kind=kind, value=value)])
-    return (await holdfast.reservation.ResolveSubjects(request)).subjects[0].subject
-
-
 async def case_of(holdfast: Holdfast, subject: str, decision: int = 0) -> pb.Case:
     """The latest case of a subject, once there is one that has come to a decision."""
     deadline = time.monotonic() + SECONDS_MAX
@@ -84,14 +79,14 @@ async def test_a_bot_is_stopped_and_honest_customers_are_not(holdfast: Holdfast)
     assert len(held) <= 2 * LIMIT, "each of two pods lets in no more than the limit"
     assert len(honest) == 8
 
-    network = await subject_of(holdfast, rp.IDENTITY_KIND_NETWORK, f"198.51.{octet}.1")
+    network = (await holdfast.resolve(networks=[f"198.51.{octet}.1"]))[0].subject
     case = await case_of(holdfast, network, pb.DECISION_BLOCK)
     assert {fired.rule_id for fired in case.rules} == {"network-in-a-hurry", "many-customers-on-one-sku"}
     with pytest.raises(Refusal) as blocked:
         await holdfast.reserve(new(run), [(wanted, "", 1)], ip_address=f"198.51.{octet}.250")
     assert blocked.value.reason in {"SUBJECT_BLOCKED", "LIMIT_REACHED"}
     for name in [f"{run}-honest-{number}" for number in range(8)]:
-        subject = await subject_of(holdfast, rp.IDENTITY_KIND_CUSTOMER, name)
+        subject = (await holdfast.resolve(customers=[name]))[0].subject
         assert not (await holdfast.fraud.ListCases(pb.ListCasesRequest(subject=subject))).cases
 
 
@@ -109,7 +104,7 @@ async def test_a_case_is_decided_and_its_holds_are_released(holdfast: Holdfast) 
     """RELEASE cancels what its reservations hold; the audit says who, and a repeat changes nothing."""
     sku, customer = await goods(holdfast, 1_000), new("hasty")
     names = await hasty(holdfast, customer, sku)
-    subject = await subject_of(holdfast, rp.IDENTITY_KIND_CUSTOMER, customer)
+    subject = (await holdfast.resolve(customers=[customer]))[0].subject
     await caught_up(holdfast)
     case = await case_of(holdfast, subject)
     assert "customer-in-a-hurry" in {fired.rule_id for fired in case.rules}
@@ -138,7 +133,7 @@ async def test_goods_that_come_back_soon_after(holdfast: Holdfast) -> None:
         await caught_up(holdfast)
         more: dict[str, Any] = {"reference": name}
         await holdfast.adjust(new(), sku, "MAIN", ip.ADJUSTMENT_REASON_RETURN, 1, **more)
-    subject = await subject_of(holdfast, rp.IDENTITY_KIND_CUSTOMER, customer)
+    subject = (await holdfast.resolve(customers=[customer]))[0].subject
     case = await case_of(holdfast, subject)
     assert [(fired.rule_id, fired.value) for fired in case.rules] == [("bought-and-undone", 3)]
 

@@ -362,3 +362,25 @@ async def test_what_cannot_be_judged_stops_nobody(shop: Shop) -> None:
     ((subject, *_),) = await shop.cases()
     assert subject == "customer:k1:a"
     assert (await engine.positions([batch.partition]))[batch.partition] == len(events) + len(odd)
+
+
+async def test_cases_are_listed_by_filter_and_page(shop: Shop) -> None:
+    """Each filter alone, and every case once over pages of one."""
+    engine = shop.engine()
+    for name in "abc":
+        await shop.show(engine, [changed(f"{name}{n}", 1, START, who=f"customer:k1:{name}", held=1) for n in range(20)])
+
+    async def listed(**filters: Any) -> list[str]:
+        request, found = pb.ListCasesRequest(page_size=1, **filters), []
+        while True:
+            page = await shop.servicer.ListCases(request, Context)
+            found += [case.subject[-1] for case in page.cases]
+            request.page_token = page.next_page_token
+            if not request.page_token:
+                return found
+
+    assert await listed() == ["c", "b", "a"]
+    assert await listed(rule_id="customer-in-a-hurry", state=pb.CASE_STATE_OPEN) == ["c", "b", "a"]
+    assert await listed(subject="customer:k1:b", decision=pb.DECISION_REVIEW, score_min=50) == ["b"]
+    for none in ({"rule_id": "probing"}, {"score_min": 51}, {"state": pb.CASE_STATE_KEPT}):
+        assert await listed(**none) == []
