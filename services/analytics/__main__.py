@@ -57,12 +57,13 @@ async def run(settings: Settings, role: str) -> None:
     api = role in {"api", "all"}
     services = APIS if api else ()
     turns = Turns(settings.reports_max, settings.reports_waiting_max)
+    backtests = Turns(1, settings.reports_waiting_max)
     adapters = channels(settings)
 
     def register(target: Any) -> None:
         if api:
             analytics_pb2_grpc.add_AnalyticsServiceServicer_to_server(Servicer(settings, reads, turns), target)
-            fraud_pb2_grpc.add_FraudServiceServicer_to_server(FraudServicer(settings, reads, turns), target)
+            fraud_pb2_grpc.add_FraudServiceServicer_to_server(FraudServicer(settings, reads, backtests), target)
             notifications = NotificationServicer(settings, reads, adapters)
             notification_pb2_grpc.add_NotificationServiceServicer_to_server(notifications, target)
 

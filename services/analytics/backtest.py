@@ -25,7 +25,6 @@ class Outcome:
     """What a set of rules came to in a range."""
 
     cases: dict[str, Case] = field(default_factory=dict)
-    blocks: int = 0
     refused: int = 0
     units_protected: int = 0
     sales_blocked: int = 0
@@ -38,6 +37,7 @@ class _Refused:
     """A reservation that a block would have refused."""
 
     units: int
+    open: int
     sold: int = 0
     currency_code: str = ""
     value_micros: int = 0
@@ -60,14 +60,14 @@ class Trial:
         if signal.skus:
             self._refuse(signal)
         elif not signal.returned and signal.reservation_id in self._refused:
-            self._refused[signal.reservation_id].sold = signal.sold
+            refused = self._refused[signal.reservation_id]
+            refused.open, refused.sold = signal.open, signal.sold
         for finding in findings:
             if finding.shadow or finding.at < self._start:
                 continue
             case, is_blocked = grow(self._outcome.cases.get(finding.subject), finding, self._policy)
             self._outcome.cases[finding.subject] = case
             if is_blocked:
-                self._outcome.blocks += 1
                 self._blocked[finding.subject] = (finding.at, case.blocked_until or finding.at)
 
     def _refuse(self, signal: Signal) -> None:
@@ -75,7 +75,7 @@ class Trial:
         spans = (self._blocked.get(subject) for subject in (signal.customer, signal.device, signal.network))
         if units and any(span and span[0] < at < span[1] for span in spans):
             self._refused[signal.reservation_id] = _Refused(
-                units, currency_code=signal.currency_code, value_micros=signal.value_micros
+                units, signal.open, currency_code=signal.currency_code, value_micros=signal.value_micros
             )
 
     def outcome(self) -> Outcome:
@@ -83,7 +83,7 @@ class Trial:
         outcome = self._outcome
         sold = [one for one in self._refused.values() if one.sold]
         outcome.refused = len(self._refused)
-        outcome.units_protected = sum(one.units - one.sold for one in self._refused.values())
+        outcome.units_protected = sum(one.units - one.open - one.sold for one in self._refused.values())
         outcome.sales_blocked, outcome.units_blocked = len(sold), sum(one.sold for one in sold)
         outcome.value_blocked = Counter()
         for one in sold:

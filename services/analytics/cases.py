@@ -49,20 +49,25 @@ RULES_CHANGED = "UPDATE desk.judged SET rules_changed = rules_changed + 1"
 
 # -- signals
 
-JUDGED = "SELECT seq, rules_changed, EXISTS (SELECT FROM desk.returned) AS returned FROM desk.judged"
-# Moves on from the last signal that a judge knows, or from nowhere at all: then someone else has judged.
-TAKE_SEQ = "UPDATE desk.judged SET seq = seq + $2 WHERE seq = $1 RETURNING rules_changed"
+JUDGED = "SELECT seq, rules_changed FROM desk.judged"
+# Whoever has this lock judges; it is the first that a judge takes.
+LOCK_JUDGED = "SELECT seq, rules_changed, EXISTS (SELECT FROM desk.returned) AS returned FROM desk.judged FOR UPDATE"
+TAKE_SEQ = "UPDATE desk.judged SET seq = $1"
+FIRST_ORDERS = """
+INSERT INTO desk.customer (customer) SELECT customer FROM unnest($1::text[]) AS customer
+ON CONFLICT DO NOTHING RETURNING customer
+"""
 COMPLETE_UNTIL = "SELECT greatest(min(complete_until), to_timestamp(0)) FROM desk.judged_partition"
 INSERT_SIGNALS = """
 INSERT INTO desk.signal (seq, at, order_at, reservation_id, version, customer, device, network, skus, asked, held,
-                         open_units, sold, cancelled, expired, returned, currency_code, value_micros)
+                         open_units, sold, cancelled, expired, returned, currency_code, value_micros, first_order)
 SELECT seq, at, order_at, reservation_id, version, customer, device, network, skus::text[], asked::bigint[],
-       held::bigint[], open_units, sold, cancelled, expired, returned, currency_code, value_micros
+       held::bigint[], open_units, sold, cancelled, expired, returned, currency_code, value_micros, first_order
 FROM unnest($1::bigint[], $2::timestamptz[], $3::timestamptz[], $4::text[], $5::bigint[], $6::text[], $7::text[],
             $8::text[], $9::text[], $10::text[], $11::text[], $12::bigint[], $13::bigint[], $14::bigint[],
-            $15::bigint[], $16::bigint[], $17::text[], $18::bigint[])
+            $15::bigint[], $16::bigint[], $17::text[], $18::bigint[], $19::boolean[])
   AS new (seq, at, order_at, reservation_id, version, customer, device, network, skus, asked, held, open_units, sold,
-          cancelled, expired, returned, currency_code, value_micros)
+          cancelled, expired, returned, currency_code, value_micros, first_order)
 """
 SIGNALS_SINCE = "SELECT * FROM desk.signal WHERE seq > $1 ORDER BY seq LIMIT $2"
 SIGNALS_BETWEEN = """
@@ -89,6 +94,12 @@ ORDER BY case_id FOR UPDATE
 EXEMPT = """
 SELECT subject, max(exempt_until) AS until FROM desk.fraud_case
 WHERE subject = ANY ($1::text[]) AND exempt_until IS NOT NULL GROUP BY subject
+"""
+# The longest block of each subject, but for one case's.
+BLOCKED = """
+SELECT DISTINCT ON (subject) subject, opened_at, blocked_until FROM desk.fraud_case
+WHERE subject = ANY ($1::text[]) AND blocked_until IS NOT NULL AND state <> 'SHADOW' AND case_id <> $2
+ORDER BY subject, blocked_until DESC
 """
 UPSERT_CASES = """
 INSERT INTO desk.fraud_case AS known (case_id, subject, kind, state, decision, score, rules, rule_ids,
@@ -172,27 +183,39 @@ async def rules_in_use(connection: Connection) -> list[Rule]:
 # -- signals
 
 
-async def judged(connection: Connection) -> tuple[int, int, bool]:
-    """The number of the last signal, how often rules have changed, and whether goods that came back wait."""
+async def judged(connection: Connection) -> tuple[int, int]:
+    """The number of the last signal, and how often rules have changed."""
     row = await connection.fetchrow(JUDGED)
+    assert row is not None
+    return row["seq"], row["rules_changed"]
+
+
+async def lock_judged(connection: Connection) -> tuple[int, int, bool]:
+    """As `judged`, and whether goods that came back wait; nobody else judges until the transaction ends."""
+    row = await connection.fetchrow(LOCK_JUDGED)
     assert row is not None
     return row["seq"], row["rules_changed"], row["returned"]
 
 
-async def write_signals(connection: Connection, seq: int, signals: Sequence[Signal]) -> int | None:
-    """Number signals on from `seq` and keep them; how often rules have changed, or None when `seq` is not the last."""
-    changed = await connection.fetchval(TAKE_SEQ, seq, len(signals))
-    if changed is not None and signals:
+async def first_orders(connection: Connection, customers: Iterable[str]) -> set[str]:
+    """Those of customers who never ordered before; from now on they have."""
+    rows = await connection.fetch(FIRST_ORDERS, sorted(set(customers)))
+    return {row["customer"] for row in rows}
+
+
+async def write_signals(connection: Connection, seq: int, signals: Sequence[Signal]) -> None:
+    """Number signals on from `seq` and keep them."""
+    if signals:
         rows = [
             (
                 number, moment(s.at), moment(s.order_at), s.reservation_id, s.version, s.customer, s.device, s.network,
                 array(s.skus), array(s.asked), array(s.held), s.open, s.sold, s.cancelled, s.expired, s.returned,
-                s.currency_code, s.value_micros,
+                s.currency_code, s.value_micros, s.first,
             )
             for number, s in enumerate(signals, seq + 1)
         ]  # fmt: skip
-        await connection.execute(INSERT_SIGNALS, *columns(rows, 18))
-    return None if changed is None else int(changed)
+        await connection.execute(INSERT_SIGNALS, *columns(rows, 19))
+        await connection.execute(TAKE_SEQ, seq + len(signals))
 
 
 def signal(row: Record) -> Signal:
@@ -200,6 +223,7 @@ def signal(row: Record) -> Signal:
         row["at"].timestamp(), row["order_at"].timestamp(), row["reservation_id"], row["version"], row["customer"],
         row["device"], row["network"], tuple(row["skus"]), tuple(row["asked"]), tuple(row["held"]), row["open_units"],
         row["sold"], row["cancelled"], row["expired"], row["returned"], row["currency_code"], row["value_micros"],
+        row["first_order"],
     )  # fmt: skip
 
 
@@ -238,6 +262,14 @@ async def exempt(connection: Connection, subjects: Iterable[str]) -> dict[str, f
     """Until when subjects are exempt from new cases."""
     rows = await connection.fetch(EXEMPT, sorted(set(subjects)))
     return {row["subject"]: row["until"].timestamp() for row in rows}
+
+
+async def blocked(
+    connection: Connection, subjects: Iterable[str], *, but_for: str = ""
+) -> dict[str, tuple[float, float]]:
+    """The longest block of subjects, leaving out one case's: from its case's opening on, until when."""
+    rows = await connection.fetch(BLOCKED, sorted(set(subjects)), but_for)
+    return {row["subject"]: (row["opened_at"].timestamp(), row["blocked_until"].timestamp()) for row in rows}
 
 
 async def write_cases(connection: Connection, grown: Sequence[Case], opened: Sequence[Case]) -> None:

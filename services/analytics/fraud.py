@@ -3,20 +3,24 @@
 One judge at a time, on any pod. What it knows is in memory and follows from the signals, which are kept in the order in
 which they were judged (`desk.signal`). A batch of one partition is one transaction:
 
-    move the partition's offset | number the signals on | keep them | open and grow cases | say what is to be enforced
+    lock | move the partition's offset | see what others have kept | judge | keep the signals | open and grow cases |
+    say what is to be enforced
 
-* Nothing is judged twice or missed: the offset moves with the signals (as in `projection`), and the signals' number
-  moves from where this judge knows it to be. Two judges at once, as when Redis is away, find the number elsewhere: the
-  later one makes itself anew from what the earlier has kept, and goes on. After any fault it does so too.
+* Nothing is judged twice or missed: the offset moves with the signals (as in `projection`). Two judges at once, as when
+  Redis is away, take turns by the lock, and each sees first what the other has kept. A judge whose transaction failed
+  knows what was not kept: it is made anew.
 * A judge that starts is made of the last `fraud_history_signals` signals. Rules that change make another one beside
   it, which takes over when it has caught up; live events are judged by the old rules meanwhile.
+* Time is business time. An order that says it is of later than AHEAD_SECONDS_MAX from now is of now: it could empty
+  every window.
+* What a decided case cancels is no sign of anything: its subject did not do it.
 * What is to be enforced leaves by an outbox (`desk.outbox`), in the same transaction, and with it every second how far
   judging has come: from that reservation knows whether what it knows is fresh.
 """
 
 import asyncio
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
 from datetime import timedelta
 from functools import partial
@@ -43,11 +47,10 @@ log = structlog.get_logger(__name__)
 VERDICT_TYPE = events_pb2.Verdict.DESCRIPTOR.full_name
 HEARTBEAT_SECONDS = 1.0
 READ_SIGNALS = 1_000
+BREATH_SIGNALS = 100  # other work of the pod has its turn in between
 RETURNED_MAX = 500
-
-
-class _BehindError(Exception):
-    """Someone else has judged since this judge last looked."""
+AHEAD_SECONDS_MAX = 300
+BY_CASE = "case/"  # before a case's id: the request that cancels what a decided case releases
 
 
 def policy(settings: Settings) -> Policy:
@@ -82,67 +85,51 @@ class Engine:
         await one_by_one(batch, leave, self._apply, self._judged_nothing)
 
     async def _judged_nothing(self, place: Place) -> None:
-        async with self._turn:
-            await self._judged(place, [], returned=await self._ready())
+        await self._judged(place, [])
 
     async def _apply(self, batch: Batch, bury: Bury) -> None:
+        await self._judged(place_of(batch), await parse(batch.messages, codec.reservation, bury))
+
+    async def _judged(self, place: Place, changes: Sequence[Reservation]) -> None:
+        """Judge and keep, in one transaction."""
         async with self._turn:
-            place = place_of(batch)
-            changes = await parse(batch.messages, codec.reservation, bury)
             try:
-                while not await self._judged(place, changes, returned=await self._ready()):
-                    pass
+                judge = await self._ready()
+                await self._make_partitions(changes)
+                changed = await self._database.run(
+                    lambda connection: self._judge_and_keep(connection, judge, place, changes)
+                )
             except Refusal as refusal:
-                self._judge = None
                 raise Busy(refusal.message) from refusal
-            except BaseException:
-                self._judge = None  # it may know what was not kept
-                raise
+            self._judge = judge
+            if changed != self._rules_changed and self._next is None:
+                self._next = asyncio.create_task(self._made())
 
-    async def _judged(self, place: Place, changes: Sequence[Reservation], *, returned: bool) -> bool:
-        """Judge and keep; False when someone else has judged meanwhile."""
-        judge = self._judge
-        assert judge is not None
-        goods: Sequence[Record] = ()
-        if returned:
-            async with self._database.connection() as connection:
-                goods = await connection.fetch(cases.RETURNED, RETURNED_MAX)
-        signals, findings, usages = _see(judge, changes, goods)
-        await self._make_partitions(signals)
-        try:
-            changed = await self._database.run(
-                lambda connection: self._keep(connection, place, signals, goods, findings, usages)
-            )
-        except _BehindError:
-            log.info("someone else has judged")
-            self._judge = None
-            return False
-        self._seq += len(signals)
-        if changed != self._rules_changed and self._next is None:
-            self._next = asyncio.create_task(self._made())
-        return True
-
-    async def _keep(
-        self,
-        connection: Connection,
-        place: Place,
-        signals: Sequence[Signal],
-        returned: Sequence[Record],
-        findings: Sequence[Finding],
-        usages: Mapping[tuple[str, str, str], Usage],
+    async def _judge_and_keep(
+        self, connection: Connection, judge: Judge, place: Place, changes: Sequence[Reservation]
     ) -> int:
+        """How often rules have changed by now. Raises Elsewhere, and Busy when an attempt before it has failed."""
+        last, changed, returned = await cases.lock_judged(connection)
         if not await store.advance(connection, place, cases.PARTITIONS):
             raise Elsewhere
-        changed = await cases.write_signals(connection, self._seq, signals)
-        if changed is None:
-            raise _BehindError
-        await cases.delete_returned(connection, returned)
+        if self._judge is not judge:
+            raise Busy("what was judged could not be kept")
+        self._judge = None  # it is not to be used again until what it sees now is kept
+        if last != self._seq:
+            await _teach(judge, self._seq, partial(connection.fetch, cases.SIGNALS_SINCE))
+        goods = await connection.fetch(cases.RETURNED, RETURNED_MAX) if returned else []
+        ordering = {change.customer_id for change in changes if change.version == 1 and change.customer_id}
+        first = await cases.first_orders(connection, ordering) if ordering else set()
+        signals, findings, usages = _see(judge, changes, first, goods)
+        await cases.write_signals(connection, last, signals)
+        await cases.delete_returned(connection, goods)
+        self._seq = last + len(signals)
         verdicts = [_usage(usage) for usage in usages.values()]
         if findings:
             verdicts += await self._open_cases(connection, findings)
         now = time.monotonic()
         if now - self._told >= HEARTBEAT_SECONDS:
-            verdicts.append(await self._heartbeat(connection))
+            verdicts.append(await _heartbeat(connection, judge))
             self._told = now
         await outbox.write(connection, verdicts, table=cases.OUTBOX)
         return changed
@@ -152,6 +139,7 @@ class Engine:
         subjects = {finding.subject for finding in findings}
         known = await cases.open_cases(connection, subjects)
         exempt = await cases.exempt(connection, subjects)
+        blocked = await cases.blocked(connection, subjects)
         before = {one.case_id for one in known.values()}
         grown: dict[str, Case] = {}
         blocks = []
@@ -161,8 +149,10 @@ class Engine:
                 continue
             case, is_blocked = grow(known.get(place), finding, self._policy)
             known[place] = grown[case.case_id] = case
-            if is_blocked:
-                blocks.append(block(case.subject, finding.at, case.blocked_until or finding.at, case.case_id))
+            until = case.blocked_until or finding.at
+            if is_blocked and until > blocked.get(case.subject, (0, 0))[1]:
+                blocked[case.subject] = (finding.at, until)
+                blocks.append(block(case.subject, finding.at, until, case.case_id))
         opened = [case for case in grown.values() if case.case_id not in before]
         if grown:
             await cases.write_cases(connection, list(grown.values()), opened)
@@ -171,28 +161,6 @@ class Engine:
                 await alerts.fraud_case_opened(connection, case.case_id, _details(case))
             log.info("case opened", case=case.case_id, decision=case.decision, score=case.score, shadow=case.shadow)
         return blocks
-
-    async def _heartbeat(self, connection: Connection) -> Event:
-        complete = await connection.fetchval(cases.COMPLETE_UNTIL)
-        assert self._judge is not None
-        return _verdict(
-            "heartbeat",
-            events_pb2.Verdict(
-                heartbeat=events_pb2.Heartbeat(
-                    complete_time=timestamp(complete),
-                    limits=[
-                        events_pb2.Limit(
-                            rule_id=limit.rule_id,
-                            feature=pb.Feature.Value(f"FEATURE_{limit.feature}"),
-                            by=pb.SubjectKind.Value(f"SUBJECT_KIND_{limit.by}"),
-                            window=duration(timedelta(seconds=limit.window_seconds)),
-                            most=int(limit.threshold),
-                        )
-                        for limit in self._judge.limits
-                    ],
-                )
-            ),
-        )
 
     async def close(self) -> None:
         """End what it does in the background."""
@@ -203,43 +171,33 @@ class Engine:
 
     # -- the judge ----------------------------------------------------------------------------------------------------
 
-    async def _ready(self) -> bool:
-        """Have a judge who knows all that was judged, by the newest rules that are ready; whether returns wait."""
+    async def _ready(self) -> Judge:
+        """A judge who knows all that was judged until lately, by the newest rules that are ready."""
         if self._next and (self._judge is None or self._next.done()):
             made, self._next = self._next, None  # a fault of its making must not be met again
             self._judge, self._seq, self._rules_changed = await made
             log.info("rules changed", signals=self._seq)
         if self._judge is None:
             self._judge, self._seq, self._rules_changed = await self._made()
-        async with self._database.connection() as connection:
-            last, _, returned = await cases.judged(connection)
-        if last != self._seq:
-            self._seq = await self._taught(self._judge, self._seq)
-        return returned
+        judge, self._judge = self._judge, None  # a fault half way must not be gone on from
+        self._seq = await _teach(judge, self._seq, self._signals)
+        self._judge = judge
+        return judge
 
     async def _made(self) -> tuple[Judge, int, int]:
         """A judge by the rules of now, and the last signal that it has seen."""
         async with self._database.connection() as connection:
-            last, changed, _ = await cases.judged(connection)
+            last, changed = await cases.judged(connection)
             judge = Judge(await cases.rules_in_use(connection), self._policy)
-        seq = await self._taught(judge, max(0, last - self._settings.fraud_history_signals))
+        seq = await _teach(judge, max(0, last - self._settings.fraud_history_signals), self._signals)
         return judge, seq, changed
 
-    async def _taught(self, judge: Judge, seq: int) -> int:
-        """Show a judge every signal after `seq`; the last one's number."""
-        while True:
-            async with self._database.connection() as connection:
-                rows = await connection.fetch(cases.SIGNALS_SINCE, seq, READ_SIGNALS)
-            for row in rows:
-                judge.see(cases.signal(row))
-            await asyncio.sleep(0)
-            if rows:
-                seq = rows[-1]["seq"]
-            if len(rows) < READ_SIGNALS:
-                return seq
+    async def _signals(self, seq: int, most: int) -> Sequence[Record]:
+        async with self._database.connection() as connection:
+            return await connection.fetch(cases.SIGNALS_SINCE, seq, most)
 
-    async def _make_partitions(self, signals: Iterable[Signal]) -> None:
-        for month in sorted({partitions.month(cases.moment(signal.at)) for signal in signals}):
+    async def _make_partitions(self, changes: Iterable[Reservation]) -> None:
+        for month in sorted({partitions.month(cases.moment(signal(change).at)) for change in changes}):
             if month not in self._months:
                 async with self._database.connection() as connection:
                     await partitions.make(connection, "desk.signal", month)
@@ -257,10 +215,26 @@ async def seed(database: Database) -> None:
             await database.run(keep)
 
 
+async def _teach(judge: Judge, seq: int, read: Callable[[int, int], Awaitable[Sequence[Record]]]) -> int:
+    """Show a judge every signal after `seq`; the last one's number."""
+    while True:
+        rows = await read(seq, READ_SIGNALS)
+        for number, row in enumerate(rows):
+            judge.see(cases.signal(row))
+            if number % BREATH_SIGNALS == 0:
+                await asyncio.sleep(0)
+        if rows:
+            seq = rows[-1]["seq"]
+        if len(rows) < READ_SIGNALS:
+            return seq
+
+
 def _see(
-    judge: Judge, changes: Iterable[Reservation], returned: Iterable[Record]
+    judge: Judge, changes: Iterable[Reservation], first: set[str], returned: Iterable[Record]
 ) -> tuple[list[Signal], list[Finding], dict[tuple[str, str, str], Usage]]:
-    """Show a judge what has changed: the signals, what was found, and the last usage of each limit and subject."""
+    """Show a judge what has changed, and whose orders are their `first`: the signals, what was found, and the last
+    usage of each limit and subject.
+    """
     signals: list[Signal] = []
     findings: list[Finding] = []
     usages: dict[tuple[str, str, str], Usage] = {}
@@ -274,7 +248,9 @@ def _see(
     for change in changes:
         known = judge.version(change.reservation_id)
         if change.version > known and (known or change.version == 1):
-            see(signal(change))
+            new = signal(change)
+            see(new._replace(first=new.customer in first) if new.skus else new)
+            first.discard(new.customer)
     for row in returned:
         at = row["occurred_at"].timestamp()
         see(Signal(at, at, row["reservation_id"], 0, "", "", "", returned=row["units"]))
@@ -283,7 +259,9 @@ def _see(
 
 def signal(change: Reservation) -> Signal:
     """What a change of a reservation means to the rules; its time is shifted into business time."""
-    order_at = change.order_time.timestamp()
+    order_at, created_at = change.order_time.timestamp(), change.created_at.timestamp()
+    if order_at > created_at + AHEAD_SECONDS_MAX:
+        order_at = created_at
     seen = Signal(
         order_at + (change.updated_at - change.created_at).total_seconds(),
         order_at,
@@ -294,7 +272,7 @@ def signal(change: Reservation) -> Signal:
         change.network,
         open=sum(part.held for part in change.parts),
         sold=sum(part.confirmed for part in change.parts),
-        cancelled=sum(part.cancelled for part in change.parts),
+        cancelled=0 if change.request_id.startswith(BY_CASE) else sum(part.cancelled for part in change.parts),
         expired=sum(part.expired for part in change.parts),
     )
     return seen if change.version > 1 else _with_order(seen, change)
@@ -313,6 +291,28 @@ def _with_order(seen: Signal, change: Reservation) -> Signal:
         skus=tuple(asked), asked=tuple(asked.values()), held=tuple(held[sku] for sku in asked),
         currency_code=currencies.pop() if value else "", value_micros=value,
     )  # fmt: skip
+
+
+async def _heartbeat(connection: Connection, judge: Judge) -> Event:
+    complete = await connection.fetchval(cases.COMPLETE_UNTIL)
+    return _verdict(
+        "heartbeat",
+        events_pb2.Verdict(
+            heartbeat=events_pb2.Heartbeat(
+                complete_time=timestamp(complete),
+                limits=[
+                    events_pb2.Limit(
+                        rule_id=limit.rule_id,
+                        feature=pb.Feature.Value(f"FEATURE_{limit.feature}"),
+                        by=pb.SubjectKind.Value(f"SUBJECT_KIND_{limit.by}"),
+                        window=duration(timedelta(seconds=limit.window_seconds)),
+                        most=int(limit.threshold),
+                    )
+                    for limit in judge.limits
+                ],
+            )
+        ),
+    )
 
 
 def block(subject: str, start: float, end: float, case_id: str) -> Event:
@@ -342,7 +342,7 @@ def _details(case: Case) -> dict[str, str]:
 
 def _usage(usage: Usage) -> Event:
     told = events_pb2.Usage(
-        rule_id=usage.rule_id, subject=usage.subject, sku=usage.sku, as_of=timestamp(cases.moment(usage.as_of)),
+        rule_id=usage.rule_id, subject=usage.subject, sku=usage.sku, reservation_ids=usage.reservation_ids,
         parts=[
             events_pb2.UsagePart(leave_time=timestamp(cases.moment(leaves)), used=used) for leaves, used in usage.parts
         ],

@@ -189,10 +189,13 @@ async def _decide(connection: Connection, request: pb.DecideCaseRequest) -> Reco
     case = cases.case(row)
     now = max(datetime.now(UTC), cases.moment(case.updated_at))
     blocked_until = row["blocked_until"]
+    # A subject has one block, the longest of its cases'.
+    others = await cases.blocked(connection, [case.subject], but_for=case.case_id)
+    start, until = others.get(case.subject, (case.opened_at, case.opened_at))
     verdicts = []
     if request.decision == pb.CASE_DECISION_KEEP:
         if blocked_until:
-            verdicts.append(fraud.block(case.subject, case.opened_at, case.opened_at, case.case_id))
+            verdicts.append(fraud.block(case.subject, start, until, case.case_id))
         blocked_until = None
     else:
         verdicts.append(fraud.release(case.case_id, case.reservation_ids))
@@ -200,7 +203,8 @@ async def _decide(connection: Connection, request: pb.DecideCaseRequest) -> Reco
         if not can_be_blocked(case.kind, case.subject):
             raise check.invalid("decision", "cannot be BLOCK: the case is not of a customer, device or network")
         blocked_until = now + BLOCK
-        verdicts.append(fraud.block(case.subject, case.updated_at, blocked_until.timestamp(), case.case_id))
+        until = max(until, blocked_until.timestamp())
+        verdicts.append(fraud.block(case.subject, case.updated_at, until, case.case_id))
     await connection.execute(cases.ENTER, [case.case_id], request.actor, action, request.note)
     await outbox.write(connection, verdicts, table=cases.OUTBOX)
     await alerts.fraud_case_closed(connection, case.case_id)
@@ -238,7 +242,7 @@ def _outcome(outcome: Outcome, most: int) -> pb.BacktestOutcome:
     top = sorted(outcome.cases.values(), key=lambda case: (-case.score, case.opened_at, case.subject))
     return pb.BacktestOutcome(
         cases=len(outcome.cases),
-        blocks=outcome.blocks,
+        blocks=sum(case.blocked_until is not None for case in outcome.cases.values()),
         refused=outcome.refused,
         units_protected=outcome.units_protected,
         sales_blocked=outcome.sales_blocked,

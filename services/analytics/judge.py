@@ -10,7 +10,8 @@ judges of the same rules that saw the same signals say the same. Windows go by t
 be in order: what comes late, by up to the length of a window, is counted where it belongs.
 
 Everything is bounded: windows have PARTS parts, histories HISTORY_MAX quantities, and of subjects and reservations
-those not seen for longest are forgotten.
+those not seen for longest are forgotten. Each window of a rule has room of its own: what floods one of them (an order
+of thousands of SKUs, say) makes no other forget.
 """
 
 import math
@@ -24,17 +25,18 @@ from typing import NamedTuple, TypeVar
 
 ORDER = "order:"  # before the id of a reservation without customer, which stands for itself
 PARTS = 60
-# About 500 MB when all of it is used, as by half a million customers within a few minutes.
-WINDOWS_MAX = 500_000
-SETS_MAX = 200_000
-CUSTOMERS_MAX = 1_000_000
-RESERVATIONS_MAX = 200_000
+# Subjects of a window; about 50 MB for each rule when all of it is used, as by so many customers within minutes.
+SUBJECTS_MAX = 100_000
+OPEN_MAX = 300_000
+ENDED_MAX = 200_000
 HISTORIES_MAX = 20_000
 DISTINCT_MAX = 1_000
 HISTORY_MAX = 127
 HISTORY_MIN = 30
 USUAL_MAX = 4_095
 CASE_RESERVATIONS_MAX = 1_000
+RECENT_MAX = 200
+UNITS_MAX = 2**62
 MAD_TO_SIGMA = 1.4826
 SCALE_MIN = math.log(2)  # a quantity twice as large is never more than one sigma away
 
@@ -137,8 +139,8 @@ class Signal(NamedTuple):
     """What a change of a reservation means to the rules. Times are seconds since 1970, in business time.
 
     `skus`, `asked` and `held` go together, and stand in a reservation's first signal alone, as do its currency and
-    value. `open` is what is still held of it; `sold`, `cancelled` and `expired` are all that ever was. A signal of
-    goods that came back has `returned` and nothing else of these.
+    value, and whether it is its customer's `first`. `open` is what is still held of it; `sold`, `cancelled` and
+    `expired` are all that ever was. A signal of goods that came back has `returned` and nothing else of these.
     """
 
     at: float
@@ -158,6 +160,7 @@ class Signal(NamedTuple):
     returned: int = 0
     currency_code: str = ""
     value_micros: int = 0
+    first: bool = False
 
 
 class Fired(NamedTuple):
@@ -188,27 +191,35 @@ class Finding(NamedTuple):
 
 
 class Usage(NamedTuple):
-    """How much of a limit a subject has used: (when it leaves the window, how much), oldest first."""
+    """How much of a limit a subject has used: (when it leaves the window, how much), oldest first; and the latest
+    RECENT_MAX reservations that are in it.
+    """
 
     rule_id: str
     subject: str
     sku: str
     parts: tuple[tuple[float, int], ...]
-    as_of: float
+    reservation_ids: tuple[str, ...]
 
 
 class Counts:
-    """Amounts over a sliding window of PARTS parts: at a time count the part that holds it and those before."""
+    """Amounts over a sliding window of PARTS parts: at a time count the part that holds it and those before.
 
-    __slots__ = ("_amounts", "_parts", "_width")
+    `names` are of the latest amounts that were added with one, where they are wanted.
+    """
 
-    def __init__(self, window_seconds: float) -> None:
+    __slots__ = ("_amounts", "_parts", "_width", "names")
+
+    def __init__(self, window_seconds: float, *, named: bool = False) -> None:
         self._width = window_seconds / PARTS
         self._parts: list[int] = []
         self._amounts: list[int] = []
+        self.names: deque[str] | None = deque(maxlen=RECENT_MAX) if named else None
 
-    def add(self, at: float, amount: int) -> None:
+    def add(self, at: float, amount: int, name: str = "") -> None:
         """What is earlier than two windows before `at` is forgotten."""
+        if self.names is not None and name:
+            self.names.append(name)
         parts, amounts = self._parts, self._amounts
         part = int(at // self._width)
         if parts and parts[-1] == part:
@@ -232,13 +243,12 @@ class Counts:
             return sum(self._amounts)
         return sum(self._amounts[bisect_left(parts, part - PARTS + 1) : bisect_left(parts, part + 1)])
 
-    def within(self, at: float) -> tuple[tuple[float, int], ...]:
-        """What the window that ends at `at` holds: when each part leaves it, and its amount."""
-        part = int(at // self._width)
+    def last(self) -> tuple[tuple[float, int], ...]:
+        """What the window that ends with the latest amount holds: when each part leaves it, and its amount."""
         return tuple(
             ((one + PARTS) * self._width, amount)
             for one, amount in zip(self._parts, self._amounts, strict=True)
-            if part - PARTS < one <= part and amount
+            if one > self._parts[-1] - PARTS and amount
         )
 
 
@@ -324,13 +334,30 @@ class _Known:
         return self.subjects[1:] if self.subjects[0][1].startswith(ORDER) else self.subjects
 
 
-@dataclass(frozen=True, slots=True, eq=False)
+@dataclass(slots=True, eq=False)
 class _Window:
-    """What a window is kept of; rules that share it share its counts. Compared by identity: it is part of keys."""
+    """What a window is kept of, and what it holds by subject and what else; rules that share it share its counts."""
 
     feature: Feature
     by: Kind
     seconds: float
+    limits: bool
+    counts: OrderedDict[tuple[str, ...], Counts] = field(default_factory=OrderedDict)
+    sets: OrderedDict[tuple[str, ...], Distinct] = field(default_factory=OrderedDict)
+
+    def count(self, *key: str) -> Counts:
+        return _recall(self.counts, key, lambda: Counts(self.seconds, named=self.limits), SUBJECTS_MAX)
+
+    def names(self, *key: str) -> Distinct:
+        return _recall(self.sets, key, lambda: Distinct(self.seconds), SUBJECTS_MAX)
+
+    def total(self, at: float, *key: str) -> int:
+        counts = self.counts.get(key)
+        return counts.total(at) if counts else 0
+
+    def different(self, at: float, *key: str) -> int:
+        names = self.sets.get(key)
+        return names.total(at) if names else 0
 
 
 class Judge:
@@ -345,31 +372,34 @@ class Judge:
         scoring = [rule for rule in rules if rule.effect is Effect.SCORE]
         self._shadowed = {rule.rule_id for rule in scoring if rule.shadow}
         self.limits = [rule for rule in rules if rule.effect is Effect.LIMIT and not rule.shadow]
-        wanted = {_place(rule): _Window(*_place(rule)) for rule in scoring + self.limits}
+        limited = {_place(rule) for rule in self.limits}
+        places = {_place(rule) for rule in scoring} | limited
+        wanted = {place: _Window(*place, limits=place in limited) for place in places}
         self._windows = {kind: [one for one in wanted.values() if one.by is kind] for kind in Kind}
         self._rules = {kind: [(rule, wanted[_place(rule)]) for rule in scoring if rule.by is kind] for kind in Kind}
         self._limits = [(rule, wanted[_place(rule)]) for rule in self.limits]
-        self._counts: OrderedDict[tuple[object, ...], Counts] = OrderedDict()
-        self._distinct: OrderedDict[tuple[object, ...], Distinct] = OrderedDict()
         self._histories: OrderedDict[str, History] = OrderedDict()
         self._usual_quantity = History(USUAL_MAX)
         self._usual_order = History(USUAL_MAX)
-        self._customers: OrderedDict[str, None] = OrderedDict()
-        self._known: OrderedDict[str, _Known] = OrderedDict()
+        self._open: OrderedDict[str, _Known] = OrderedDict()
+        self._ended: OrderedDict[str, _Known] = OrderedDict()
 
     def version(self, reservation_id: str) -> int:
         """The last version of a reservation that was seen; 0 when none is remembered."""
-        known = self._known.get(reservation_id)
+        known = self._known(reservation_id)
         return known.version if known else 0
 
     def see(self, signal: Signal) -> tuple[list[Finding], list[Usage]]:
         """Take a signal into account; what is found of its subjects, and what they have used of limits."""
         if signal.returned:
             return self._returned(signal), []
-        known = self._known.get(signal.reservation_id)
+        known = self._known(signal.reservation_id)
         if known is None:
             return self._asked(signal) if signal.skus else ([], [])
         return self._changed(signal, known), []
+
+    def _known(self, reservation_id: str) -> _Known | None:
+        return self._open.get(reservation_id) or self._ended.get(reservation_id)
 
     # -- what signals are ---------------------------------------------------------------------------------------------
 
@@ -378,19 +408,18 @@ class Judge:
         held = sum(signal.held)
         people = _people(signal)
         known = _Known(signal.version, at, people, signal.skus, 0)
-        _keep(self._known, signal.reservation_id, known, RESERVATIONS_MAX)
         quantity = self._quantity(signal)
         first = self._first_order(signal)
         basket = _basket(signal)
         for kind, subject in known.named:
             for window in self._windows[kind]:
                 self._count_order(window, subject, signal, held, basket)
-        for sku, units in zip(signal.skus, signal.held, strict=True) if held else ():
+        for sku, units in _held(signal):
             for window in self._windows[Kind.SKU]:
                 if window.feature is Feature.HOLDS:
-                    self._count(window, sku).add(at, 1)
+                    window.count(sku).add(at, 1)
                 elif window.feature is Feature.UNITS_OF_SKU:
-                    self._count(window, sku, sku).add(at, units)
+                    window.count(sku, sku).add(at, units)
         self._book(signal, known)
         order = {Feature.QUANTITY_Z: quantity, Feature.FIRST_ORDER_Z: (first, "")}
         units = sum(signal.asked)
@@ -403,23 +432,23 @@ class Judge:
         at = signal.order_at
         match window.feature:
             case Feature.SAME_BASKET:
-                self._count(window, subject, basket).add(at, 1)
+                window.count(subject, basket).add(at, 1)
             case Feature.REFUSALS_IN_ROW if not held:
-                self._count(window, subject).add(at, 1)
+                window.count(subject).add(at, 1)
             case Feature.REFUSALS_IN_ROW:
-                self._counts.pop((window, subject), None)
+                window.counts.pop((subject,), None)
             case _ if not held:
                 pass
             case Feature.HOLDS:
-                self._count(window, subject).add(at, 1)
+                window.count(subject).add(at, 1, signal.reservation_id)
             case Feature.UNITS_OPEN:
-                self._count(window, subject).add(at, held)
+                window.count(subject).add(at, held)
             case Feature.UNITS_OF_SKU:
-                for sku, units in zip(signal.skus, signal.held, strict=True):
-                    self._count(window, subject, sku).add(at, units)
+                for sku, units in _held(signal):
+                    window.count(subject, sku).add(at, units, signal.reservation_id)
             case Feature.CUSTOMERS_ON_SKU if signal.customer:
-                for sku in signal.skus:
-                    self._names(window, subject, sku).add(at, signal.customer)
+                for sku, _ in _held(signal):
+                    window.names(subject, sku).add(at, signal.customer)
 
     def _changed(self, signal: Signal, known: _Known) -> list[Finding]:
         if signal.version <= known.version:
@@ -429,19 +458,15 @@ class Judge:
         return self._findings(known, signal, signal.at, known.open, {}, "") if lost or undone else []
 
     def _returned(self, signal: Signal) -> list[Finding]:
-        known = self._known.get(signal.reservation_id)
+        known = self._known(signal.reservation_id)
         if known is None or not self._undo(known, signal.at):
             return []
         return self._findings(known, signal, signal.at, signal.returned, {}, "")
 
     def _book(self, signal: Signal, known: _Known) -> tuple[bool, bool]:
         """Take over a reservation's quantities; whether it is lost now, and whether something sold was undone."""
-        gone = known.open - signal.open
-        if known.open and gone:
-            for kind, subject in known.named:
-                for window in self._windows[kind]:
-                    if window.feature is Feature.UNITS_OPEN:
-                        self._count(window, subject).add(known.order_at, -gone)
+        if known.open:
+            self._give_back(known, known.open - signal.open)
         undone = known.sold > 0 and signal.cancelled > known.cancelled and self._undo(known, signal.at)
         if signal.sold and not known.sold:
             known.sold_at = signal.at
@@ -449,15 +474,33 @@ class Judge:
         known.open, known.sold = signal.open, signal.sold
         known.cancelled, known.expired = signal.cancelled, signal.expired
         lost = ended and not signal.sold
+        self._file(signal.reservation_id, known)
         if ended:
             known.ended = True
             skus = tuple((Kind.SKU, sku) for sku in known.skus)
             for kind, subject in known.named + skus:
                 for window in self._windows[kind]:
                     if window.feature is Feature.LOST_SHARE:
-                        self._count(window, subject, "ended").add(known.order_at, 1)
-                        self._count(window, subject, "lost").add(known.order_at, int(lost))
+                        window.count(subject, "ended").add(known.order_at, 1)
+                        window.count(subject, "lost").add(known.order_at, int(lost))
         return lost, undone
+
+    def _file(self, reservation_id: str, known: _Known) -> None:
+        """Keep a reservation among those that hold something, or among the others; of each the oldest is let go."""
+        if known.open:
+            self._open[reservation_id] = known
+            if len(self._open) > OPEN_MAX:
+                _, oldest = self._open.popitem(last=False)
+                self._give_back(oldest, oldest.open)
+        else:
+            self._open.pop(reservation_id, None)
+            _keep(self._ended, reservation_id, known, ENDED_MAX)
+
+    def _give_back(self, known: _Known, units: int) -> None:
+        for kind, subject in known.named if units else ():
+            for window in self._windows[kind]:
+                if window.feature is Feature.UNITS_OPEN:
+                    window.count(subject).add(known.order_at, -units)
 
     def _undo(self, known: _Known, at: float) -> bool:
         if known.undone or not known.sold_at:
@@ -466,7 +509,7 @@ class Judge:
         for kind, subject in known.named:
             for window in self._windows[kind]:
                 if window.feature is Feature.UNDONE and at - known.sold_at <= window.seconds:
-                    self._count(window, subject).add(at, 1)
+                    window.count(subject).add(at, 1)
         return True
 
     def _quantity(self, signal: Signal) -> tuple[float, str]:
@@ -485,11 +528,7 @@ class Judge:
 
     def _first_order(self, signal: Signal) -> float:
         value = math.log(sum(signal.asked))
-        z = 0.0
-        if signal.customer and signal.customer not in self._customers:
-            _keep(self._customers, signal.customer, None, CUSTOMERS_MAX)
-            if len(self._usual_order) >= HISTORY_MIN:
-                z = max(0.0, self._usual_order.z(value))
+        z = max(0.0, self._usual_order.z(value)) if signal.first and len(self._usual_order) >= HISTORY_MIN else 0.0
         self._usual_order.add(value)
         return z
 
@@ -530,18 +569,18 @@ class Judge:
         if feature in OF_ORDER:
             if not order:
                 return None, ""
-            return order[feature] if feature in order else (self._total(window, subject, at, basket), "")
+            return order[feature] if feature in order else (window.total(at, subject, basket), "")
         if feature is Feature.LOST_SHARE:
-            ended = self._total(window, subject, at, "ended")
+            ended = window.total(at, subject, "ended")
             if ended < max(rule.samples_min, 1):
                 return None, ""
-            return self._total(window, subject, at, "lost") / ended, ""
+            return window.total(at, subject, "lost") / ended, ""
         if feature is Feature.CUSTOMERS_ON_SKU:
-            return _highest((self._different(window, subject, at, sku), sku) for sku in skus)
+            return _highest((window.different(at, subject, sku), sku) for sku in skus)
         if feature is Feature.UNITS_OF_SKU:
             of = skus if rule.by is not Kind.SKU else (subject,)
-            return _highest((self._total(window, subject, at, sku), sku) for sku in of)
-        return self._total(window, subject, at), ""
+            return _highest((window.total(at, subject, sku), sku) for sku in of)
+        return window.total(at, subject), ""
 
     def _decide(
         self,
@@ -573,32 +612,17 @@ class Judge:
 
     def _usages(self, known: _Known, signal: Signal) -> list[Usage]:
         """What the subjects have used of limits, where it is half of one or more."""
-        at, found = signal.order_at, []
+        found = []
         for rule, window in self._limits:
             for kind, subject in known.named:
                 if kind is not rule.by:
                     continue
                 for sku in signal.skus if rule.feature is Feature.UNITS_OF_SKU else ("",):
-                    counts = self._counts.get((window, subject, sku) if sku else (window, subject))
-                    if counts and 2 * counts.total(at) >= rule.threshold:
-                        found.append(Usage(rule.rule_id, subject, sku, counts.within(at), at))
+                    counts = window.counts.get((subject, sku) if sku else (subject,))
+                    parts = counts.last() if counts else ()
+                    if counts and 2 * sum(used for _, used in parts) >= rule.threshold:
+                        found.append(Usage(rule.rule_id, subject, sku, parts, tuple(counts.names or ())))
         return found
-
-    # -- windows ------------------------------------------------------------------------------------------------------
-
-    def _count(self, window: _Window, *key: str) -> Counts:
-        return _recall(self._counts, (window, *key), lambda: Counts(window.seconds), WINDOWS_MAX)
-
-    def _names(self, window: _Window, *key: str) -> Distinct:
-        return _recall(self._distinct, (window, *key), lambda: Distinct(window.seconds), SETS_MAX)
-
-    def _total(self, window: _Window, subject: str, at: float, *extra: str) -> int:
-        counts = self._counts.get((window, subject, *extra))
-        return counts.total(at) if counts else 0
-
-    def _different(self, window: _Window, subject: str, at: float, sku: str) -> int:
-        names = self._distinct.get((window, subject, sku))
-        return names.total(at) if names else 0
 
 
 # -- cases ------------------------------------------------------------------------------------------------------------
@@ -606,7 +630,7 @@ class Judge:
 
 @dataclass(slots=True)
 class Case:
-    """A subject under review; `rules` has the highest value of each that fired."""
+    """A subject under review; `rules` has the highest value of each that fired, `reservation_ids` the latest."""
 
     case_id: str
     subject: str
@@ -641,11 +665,11 @@ def grow(case: Case | None, finding: Finding, policy: Policy) -> tuple[Case, boo
         known = case.rules.get((fired.rule_id, fired.version))
         if known is None or fired.value > known.value:
             case.rules[fired.rule_id, fired.version] = fired
-    if not case.reservation_ids or finding.reservation_id != case.reservation_ids[-1]:
+    if finding.reservation_id not in case.reservation_ids:
         case.reservations += 1
-        case.units += finding.units
-        if len(case.reservation_ids) < CASE_RESERVATIONS_MAX:
-            case.reservation_ids.append(finding.reservation_id)
+        case.units = min(case.units + finding.units, UNITS_MAX)
+        case.reservation_ids.append(finding.reservation_id)
+        del case.reservation_ids[:-CASE_RESERVATIONS_MAX]
     blocks = finding.decision is Decision.BLOCK and not finding.shadow and finding.at >= (case.blocked_until or 0)
     if blocks:
         case.blocked_until = finding.at + policy.block_seconds
@@ -669,6 +693,11 @@ def _people(signal: Signal) -> tuple[tuple[Kind, str], ...]:
         (Kind.NETWORK, signal.network),
     )
     return tuple((kind, subject) for kind, subject in named if subject)
+
+
+def _held(signal: Signal) -> Iterable[tuple[str, int]]:
+    """The SKUs of which something is held, and the units."""
+    return ((sku, units) for sku, units in zip(signal.skus, signal.held, strict=True) if units)
 
 
 def _basket(signal: Signal) -> str:

@@ -28,7 +28,7 @@ class Settings(settings.Settings):
     fraud_block_score: int = Field(default=100, ge=1, description="From it on a subject is blocked.")
     fraud_block_seconds: float = Field(default=900, gt=0, le=7 * 86_400, description="How long a block by rules is.")
     fraud_history_signals: int = Field(
-        default=200_000, ge=1, description="Signals that a judge begins with: its windows and histories."
+        default=500_000, ge=1, description="Signals that a judge begins with: its windows and histories."
     )
 
     alert_sweep_seconds: float = Field(default=30, gt=0, description="Between sweeps for cover and for new rules.")

@@ -265,8 +265,7 @@ def verdict(message: Message) -> Verdict | None:
             case "usage":
                 usage = told.usage
                 parts = sorted((check.time(part.leave_time, "leave_time"), part.used) for part in usage.parts)
-                as_of = check.time(usage.as_of, "as_of")
-                return Usage(usage.rule_id, usage.subject, usage.sku, tuple(parts), as_of)
+                return Usage(usage.rule_id, usage.subject, usage.sku, tuple(parts), frozenset(usage.reservation_ids))
             case "release":
                 return None
     except Refusal as refusal:

@@ -3,10 +3,11 @@
 The package's docstring says why the order of the steps is right.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
+from typing import TypeVar
 
 import asyncpg
 import structlog
@@ -30,12 +31,14 @@ from shared.database import ATTEMPTS_MAX, RETRIED, Connection, Database, unavail
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
+Item = TypeVar("Item")
 Outcome = tuple[Reservation, bool]  # the reservation, and whether the request was known
 Told = tuple[Message, bool]  # the same, as it is sent
 ChangeId = tuple[str, str]  # reservation id and request id of a change
 
 EXPIRE_MAX = 500
 DRIVE_MAX = 500
+PORTION_LINES_MAX = 5_000  # more than a full batch of callers has
 SUBJECTS_WRITTEN_MAX = 100_000
 
 
@@ -188,7 +191,15 @@ class Commands:
     async def _carry_out(
         self, changes: Sequence[Change], reservations: Mapping[str, Reservation]
     ) -> dict[ChangeId, Outcome | Refusal]:
-        """Ask inventory for changes whose intents are kept, and book its answers."""
+        """Ask inventory for changes whose intents are kept, and book its answers, portion by portion."""
+        booked: dict[ChangeId, Outcome | Refusal] = {}
+        for portion in _portions(changes, lambda change: reservations[change.reservation_id]):
+            booked |= await self._carry_out_portion(portion, reservations)
+        return booked
+
+    async def _carry_out_portion(
+        self, changes: Sequence[Change], reservations: Mapping[str, Reservation]
+    ) -> dict[ChangeId, Outcome | Refusal]:
         answers = await self._inventory.change([(c, reservations[c.reservation_id]) for c in changes])
         done = list(zip(changes, answers, strict=True))
         try:
@@ -269,8 +280,9 @@ class Commands:
         async with self._database.connection() as connection:
             due = await store.due(connection, EXPIRE_MAX)
             reservations = list((await store.read(connection, due)).values())
-        if not reservations:
-            return 0
+        return sum([await self._expire(portion) for portion in _portions(reservations, lambda one: one)])
+
+    async def _expire(self, reservations: Sequence[Reservation]) -> int:
         answers = await self._inventory.expire(reservations)
         expired = {
             reservation.reservation_id: answer
@@ -288,6 +300,21 @@ class Commands:
         ended = [(before[name], now, "") for name, now in after.items() if now is not before[name]]
         await self._write(connection, ended)
         return len(ended)
+
+
+def _portions(items: Iterable[Item], reservation: Callable[[Item], Reservation]) -> Iterator[list[Item]]:
+    """Items in lists of few enough lines for one call and one statement."""
+    portion: list[Item] = []
+    lines = 0
+    for item in items:
+        more = len(reservation(item).allocations)
+        if portion and lines + more > PORTION_LINES_MAX:
+            yield portion
+            portion, lines = [], 0
+        portion.append(item)
+        lines += more
+    if portion:
+        yield portion
 
 
 def _unwanted(pair: tuple[Ask, Held], known: dict[str, Reservation]) -> bool:

@@ -7,9 +7,11 @@
 * A subject is blocked from the start of its block up to, not including, its end. Time is business time: the order's,
   or else now. A hash under any configured key is the subject.
 * A limit lets a subject have `most` holds, or units of a SKU, in its window. What it has is what analytics tells
-  (Usage), and what this pod has admitted since: later than the latest hold that is in the usage, and in the last
-  OWN_SECONDS, after which analytics has told of it if it matters. So on one pod no burst gets past a limit; over
-  several pods one may, by what each admits until analytics has told the others.
+  (Usage), and what this pod has admitted and the usage does not name. The pod remembers an admission until analytics
+  has come OWN_SECONDS past it, and then has told of it if it matters, or until it is older than every window. So on one
+  pod nothing gets past a limit, with analytics away or behind as well; over several pods a burst may, by what each
+  admits until analytics has told the others.
+* An order that says it is of later than AHEAD_SECONDS_MAX from now is of now, as it is to who judges.
 * An order whose time lies before others' counts them as well: no window anywhere holds more than `most`.
 * What is not heard of for `stale_seconds` is stale. Then a guard that is `closed` refuses everything, before the first
   heartbeat too; any other goes on with what it knows.
@@ -33,9 +35,11 @@ OWN_SECONDS = 10.0
 BLOCKS_MAX = 100_000
 USAGES_MAX = 100_000
 ADMISSIONS_MAX = 200_000
+AHEAD_SECONDS_MAX = 300
 _OWN = timedelta(seconds=OWN_SECONDS)
+_AHEAD = timedelta(seconds=AHEAD_SECONDS_MAX)
 _HOLDS = ""  # in place of a SKU: all reservations, each counted once
-_NEVER = datetime.min.replace(tzinfo=UTC)
+_NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 
 Who = Mapping[Kind, Named]
 Counter = tuple[str, str]  # a subject's hash under the first key, and a SKU or _HOLDS
@@ -71,13 +75,13 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class Usage:
-    """What a subject has used of a limit, as (when it leaves the window, how much), and its latest hold in it."""
+    """What a subject has used of a limit, as (when it leaves the window, how much), and the latest that are in it."""
 
     rule_id: str
     subject: str
     sku: str
     parts: tuple[tuple[datetime, int], ...]
-    as_of: datetime
+    reservation_ids: frozenset[str]
 
 
 Verdict = Heartbeat | Block | Usage
@@ -85,8 +89,9 @@ Verdict = Heartbeat | Block | Usage
 
 @dataclass(slots=True)
 class _Admission:
-    """What asks of one batch and one business time came to, on one counter."""
+    """What an ask came to, on one counter."""
 
+    reservation_id: str
     at: datetime
     time: datetime
     amount: int
@@ -94,9 +99,9 @@ class _Admission:
 
 @dataclass(slots=True)
 class _Own:
-    """The pod's own admissions on one counter, oldest first, and their sum."""
+    """The pod's own admissions on one counter, by reservation, and their sum."""
 
-    admissions: list[_Admission] = field(default_factory=list)  # few: a deque would take more room
+    admissions: dict[str, _Admission] = field(default_factory=dict)
     total: int = 0
 
 
@@ -109,10 +114,11 @@ class Guard:
         self._stale = timedelta(seconds=stale_seconds)
         self._complete_time = _NEVER
         self._limits: tuple[Limit, ...] = ()
+        self._longest = timedelta()
         self._blocks: dict[str, Block] = {}
         self._usages: dict[tuple[str, str, str], Usage] = {}
         self._own: dict[Counter, _Own] = {}
-        self._recent: deque[tuple[datetime, Counter]] = deque()  # every admission, oldest first
+        self._recent: deque[tuple[Counter, _Admission]] = deque()  # every admission, oldest first
         self._counted: dict[str, list[tuple[Counter, _Admission, int]]] = {}  # by reservation, until settled
 
     def apply(self, verdict: Verdict, now: datetime) -> None:
@@ -120,6 +126,7 @@ class Guard:
         match verdict:
             case Heartbeat():
                 self._complete_time, self._limits = verdict.complete_time, verdict.limits
+                self._longest = max((limit.window for limit in verdict.limits), default=timedelta())
             case Block():
                 self._blocks.pop(verdict.subject, None)
                 if verdict.start < verdict.end:
@@ -146,7 +153,7 @@ class Guard:
         refused: dict[str, Refusal] = {}
         for ask in asks:
             who = self._subjects.named(ask.customer_id, ask.device_id, ask.ip_address)
-            time = ask.order_time or now
+            time = ask.order_time if ask.order_time and ask.order_time <= now + _AHEAD else now
             refusal = self._blocked(who, time) or self._above(ask, who, time, now)
             if refusal:
                 refused[ask.reservation_id] = refusal
@@ -162,13 +169,12 @@ class Guard:
                 for sku, _, quantity in answer.allocations:
                     kept[sku] = kept.get(sku, 0) + quantity
             for counter, admission, amount in counted:
-                if answer and admission.time == admission.at:
-                    # An order without a time of its own was made when it was held, by the clock that usage goes by.
-                    admission.time = answer.placed_at
                 gone = amount - kept.get(counter[1], 0)
                 if gone:
                     admission.amount -= gone
                     self._own[counter].total -= gone
+                if not admission.amount:
+                    self._drop(counter, admission)
         self._counted = {}
 
     def _blocked(self, who: Who, time: datetime) -> Refusal | None:
@@ -200,31 +206,30 @@ class Guard:
 
     def _fits(self, limit: Limit, named: Named, sku: str, asked: int, time: datetime) -> bool:
         room = limit.most - asked
-        told, as_of = self._told(limit, named, sku)
+        told = self._told(limit, named, sku)
         for usage in told:
             room -= sum(used for leaves, used in usage.parts if leaves > time)
         own = self._own.get((named.hashes[0], sku))
         if own is None or own.total <= room:
             return room >= 0
-        since = max(as_of, time - limit.window)
-        for admission in own.admissions:
-            if admission.time > since:
+        for admission in _untold(own, told):
+            if admission.time > time - limit.window:
                 room -= admission.amount
         return room >= 0
 
-    def _told(self, limit: Limit, named: Named, sku: str) -> tuple[list[Usage], datetime]:
-        """What analytics tells of a subject, and up to when that has what this pod admits: under its first key."""
+    def _told(self, limit: Limit, named: Named, sku: str) -> list[Usage]:
+        """What analytics tells of a subject, under each of its hashes."""
         if not self._usages:
-            return [], _NEVER
-        found = [self._usages.get((limit.rule_id, subject, sku)) for subject in named.hashes]
-        return [usage for usage in found if usage], found[0].as_of if found[0] else _NEVER
+            return []
+        found = (self._usages.get((limit.rule_id, subject, sku)) for subject in named.hashes)
+        return [usage for usage in found if usage]
 
     def _reached(self, limit: Limit, named: Named, sku: str, asked: int, time: datetime) -> Refusal:
         """The refusal, with the time at which enough will have left the window where that can be."""
-        told, as_of = self._told(limit, named, sku)
+        told = self._told(limit, named, sku)
         parts = [part for usage in told for part in usage.parts]
         own = self._own.get((named.hashes[0], sku), _Own())
-        parts += [(one.time + limit.window, one.amount) for one in own.admissions if one.time > as_of]
+        parts += [(one.time + limit.window, one.amount) for one in _untold(own, told)]
         parts = sorted(part for part in parts if part[0] > time)
         seconds = round(limit.window.total_seconds())
         metadata = {"rule_id": limit.rule_id, "subject_kind": limit.by, "limit": limit.most, "window_seconds": seconds}
@@ -244,25 +249,31 @@ class Guard:
         own = self._own.get(counter)
         if own is None:
             own = self._own[counter] = _Own()
-        last = own.admissions[-1] if own.admissions else None
-        if last and last.at == now and last.time == time:
-            last.amount += amount
-        else:
-            last = _Admission(now, time, amount)
-            own.admissions.append(last)
-            self._recent.append((now, counter))
+        if name in own.admissions:
+            return
+        admission = own.admissions[name] = _Admission(name, now, time, amount)
+        self._recent.append((counter, admission))
         own.total += amount
-        self._counted.setdefault(name, []).append((counter, last, amount))
+        self._counted.setdefault(name, []).append((counter, admission, amount))
 
     def _forget(self, now: datetime) -> None:
-        """Let go of admissions that are too old, or too many."""
-        since = now - _OWN
-        while self._recent and (self._recent[0][0] <= since or len(self._recent) > ADMISSIONS_MAX):
-            _, counter = self._recent.popleft()
-            own = self._own[counter]
-            own.total -= own.admissions.pop(0).amount
+        """Let go of admissions that are told of, too old, or too many."""
+        since = max(min(now, self._complete_time) - _OWN, now - self._longest)
+        while self._recent and (self._recent[0][1].at <= since or len(self._recent) > ADMISSIONS_MAX):
+            self._drop(*self._recent.popleft())
+
+    def _drop(self, counter: Counter, admission: _Admission) -> None:
+        own = self._own.get(counter)
+        if own and own.admissions.get(admission.reservation_id) is admission:
+            del own.admissions[admission.reservation_id]
+            own.total -= admission.amount
             if not own.admissions:
                 del self._own[counter]
+
+
+def _untold(own: _Own, told: Sequence[Usage]) -> list[_Admission]:
+    """The pod's own admissions that no usage has."""
+    return [one for name, one in own.admissions.items() if not any(name in usage.reservation_ids for usage in told)]
 
 
 def _make_room(table: dict[Any, Any], most: int, ended: Callable[[Any], bool]) -> None:

@@ -77,7 +77,7 @@ class Judge:
 
     async def counts(self, rule_id: str, subject: str, used: int, leaves: datetime) -> None:
         part = ep.UsagePart(leave_time=timestamp(leaves), used=used)
-        usage = ep.Usage(rule_id=rule_id, subject=subject, parts=[part], as_of=timestamp(datetime.now(UTC)))
+        usage = ep.Usage(rule_id=rule_id, subject=subject, parts=[part])
         await self.says(f"usage/{rule_id}/{subject}/", ep.Verdict(usage=usage).SerializeToString())
 
     async def releases(self, case_id: str, *names: str) -> None:

@@ -40,6 +40,15 @@ async def bury(_message: Message, poison: Poison) -> None:
     raise poison
 
 
+MANY_CASES = """
+INSERT INTO desk.fraud_case (case_id, subject, kind, state, decision, score, rules, rule_ids, reservation_ids,
+                             reservations, units, opened_at, updated_at, blocked_until, exempt_until)
+SELECT 'c' || n, 's' || n % 500, 'CUSTOMER', 'KEPT', 'REVIEW', 50, '[]', '{}', '{}', 1, 1, now(), now(),
+       CASE WHEN n % 2 = 0 THEN now() END, CASE WHEN n % 3 = 0 THEN now() END
+FROM generate_series(1, 20000) AS n
+"""
+
+
 class Shop:
     """Makes events of reservations and shows them to judges, as Kafka would."""
 
@@ -84,15 +93,21 @@ async def shop(analytics_db: Database) -> Shop:
 
 def changed(
     name: str, version: int, at: datetime, *, later: timedelta = timedelta(), who: str = "", network: str = "",
-    units: int = 1, sku: str = "A", held: int = 0, confirmed: int = 0, expired: int = 0, lines: Any = None,
+    units: int = 1, sku: str = "A", held: int = 0, confirmed: int = 0, expired: int = 0, cancelled: int = 0,
+    lines: Any = None, by: str = "", made: datetime | None = None,
 ) -> bytes:  # fmt: skip
     states = {"held": rp.RESERVATION_STATE_HELD, "confirmed": rp.RESERVATION_STATE_CONFIRMED}
     state = states["held"] if held else states["confirmed"] if confirmed else rp.RESERVATION_STATE_EXPIRED
     unlike = rp.ReservationLine(sku=name, quantity=1)  # no basket is the same
     reservation = rp.Reservation(
-        reservation_id=name, version=version, state=state, create_time=timestamp(at), order_time=timestamp(at),
-        update_time=timestamp(at + later), lines=lines or [rp.ReservationLine(sku=sku, quantity=units), unlike],
-        allocations=[rp.Allocation(sku=sku, location="MAIN", held=held, confirmed=confirmed, expired=expired)],
+        reservation_id=name, version=version, state=state, create_time=timestamp(made or at),
+        order_time=timestamp(at), update_time=timestamp((made or at) + later),
+        lines=lines or [rp.ReservationLine(sku=sku, quantity=units), unlike],
+        allocations=[
+            rp.Allocation(
+                sku=sku, location="MAIN", held=held, confirmed=confirmed, expired=expired, cancelled=cancelled
+            )
+        ],
     )  # fmt: skip
     if lines:
         del reservation.allocations[:]
@@ -100,7 +115,8 @@ def changed(
             parts = {"held": line.quantity * bool(held), "confirmed": line.quantity * bool(confirmed)}
             reservation.allocations.add(sku=line.sku, location="MAIN", **parts)
     subjects = reservation_events.Subjects(customer=who, network=network)
-    return reservation_events.ReservationChanged(reservation=reservation, subjects=subjects).SerializeToString()
+    event = reservation_events.ReservationChanged(reservation=reservation, subjects=subjects, request_id=by)
+    return event.SerializeToString()
 
 
 def traffic(seed: int, count: int = 400) -> list[list[bytes]]:
@@ -272,6 +288,98 @@ async def test_deciding_a_case(shop: Shop) -> None:
     assert len(await shop.cases()) == before, "the subject is let be"
     await shop.show(engine, [changed(f"b+{n}", 1, more, who="customer:k1:b", held=1) for n in range(5)])
     assert len(await shop.cases()) == before + 1, "a new case after the decision"
+
+
+async def test_the_longest_block_of_a_subject_holds(shop: Shop) -> None:
+    """A person blocks for a day; the rules' quarter of an hour does not shorten that, nor does keeping a later case."""
+    engine = shop.engine()
+    now = datetime.now(UTC)
+
+    async def attack(name: str, at: datetime) -> pb.Case:
+        """Two rules speak against a customer: twenty holds in a minute, of the same basket."""
+        lines = [rp.ReservationLine(sku="A", quantity=1)]
+        of: dict[str, Any] = {"who": "customer:k1:a", "held": 1, "lines": lines}
+        await shop.show(engine, [changed(f"{name}{n}", 1, at, **of) for n in range(20)])
+        return (await shop.servicer.ListCases(pb.ListCasesRequest(state=pb.CASE_STATE_OPEN), Context)).cases[0]
+
+    async def decide(case: pb.Case, decision: pb.CaseDecision.ValueType) -> pb.Case:
+        request = pb.DecideCaseRequest(case_id=case.case_id, decision=decision, actor="ann")
+        return (await shop.servicer.DecideCase(request, Context)).case
+
+    async def blocks() -> list[tuple[datetime, datetime]]:
+        told = [verdict.block for verdict in await shop.verdicts() if verdict.HasField("block")]
+        return [(one.start_time.ToDatetime(UTC), one.end_time.ToDatetime(UTC)) for one in told]
+
+    first = await attack("r", now)
+    ((_, short),) = await blocks()
+    assert short == now + timedelta(seconds=shop.settings.fraud_block_seconds)
+    until = (await decide(first, pb.CASE_DECISION_BLOCK)).block_time.ToDatetime(UTC)
+    assert (await blocks())[-1][1] == until > short
+    second = await attack("s", now + timedelta(minutes=20))
+    assert second.case_id != first.case_id
+    assert second.decision == pb.DECISION_BLOCK
+    assert len(await blocks()) == 2, "a shorter block is not told"
+    await decide(second, pb.CASE_DECISION_KEEP)
+    start, end = (await blocks())[-1]
+    assert end == until, "the day goes on"
+    assert start <= now
+    third = (await attack("t", now + timedelta(days=2))).case_id
+    assert (await blocks())[-1][1] > until
+    await decide(pb.Case(case_id=third), pb.CASE_DECISION_KEEP)
+    assert (await blocks())[-1][1] == until
+
+
+async def test_what_a_case_cancels_speaks_against_nobody(shop: Shop) -> None:
+    """Released holds are not lost ones; the customer's own cancelling is."""
+    engine = shop.engine()
+
+    async def cancelled(who: str, by: str) -> list[str]:
+        for n in range(10):
+            at = START + timedelta(minutes=n)
+            await shop.show(engine, [changed(f"{who}{n}", 1, at, who=who, held=1)])
+            await shop.show(engine, [changed(f"{who}{n}", 2, at, who=who, cancelled=1, by=by)])
+        found = (await shop.servicer.ListCases(pb.ListCasesRequest(subject=who), Context)).cases
+        return [rule.rule_id for case in found for rule in case.rules]
+
+    assert await cancelled("customer:k1:a", "case/case-1") == []
+    assert await cancelled("customer:k1:b", "mine") == ["holds-that-come-to-nothing"]
+
+
+async def test_an_order_of_next_year_is_of_now(shop: Shop) -> None:
+    """It would empty every window of its subjects."""
+    engine = shop.engine()
+    for n in range(20):
+        at = START + timedelta(days=400 * (n == 10))
+        await shop.show(engine, [changed(f"r{n}", 1, at, who="customer:k1:a", held=1, made=START)])
+    ((subject, *_, rules, _, _, _),) = await shop.cases()
+    assert subject == "customer:k1:a"
+    assert [fired["value"] for fired in json.loads(rules)] == [20]
+
+
+async def test_a_first_order_is_first_for_good(shop: Shop) -> None:
+    """A judge that was started later, or never saw it, knows a customer by what is kept."""
+    usual = [changed(f"u{n}", 1, START, who=f"customer:k1:{n}", held=1, units=n % 3 + 1) for n in range(50)]
+    await shop.show(shop.engine(), usual)
+    await shop.show(shop.engine(), [changed("old", 1, START, who="customer:k1:7", held=1, units=1_000)])
+    await shop.show(shop.engine(), [changed("new", 1, START, who="customer:k1:new", held=1, units=1_000)])
+    found = (await shop.servicer.ListCases(pb.ListCasesRequest(), Context)).cases
+    fired = {case.subject: {rule.rule_id for rule in case.rules} for case in found}
+    assert "first-order-far-above-usual" in fired["customer:k1:new"]
+    assert "first-order-far-above-usual" not in fired["customer:k1:7"]
+
+
+async def test_cases_are_found_by_their_indexes(shop: Shop) -> None:
+    """However many were decided: those that grow, and what a subject is blocked and exempt until."""
+    async with shop.database.connection() as connection:
+        await connection.execute(MANY_CASES)
+        await connection.execute("ANALYZE desk.fraud_case")
+        for statement, index, *more in (
+            (cases.OPEN_CASES, "case_growing"), (cases.EXEMPT, "case_exempt"), (cases.BLOCKED, "case_by_subject", ""),
+        ):  # fmt: skip
+            await connection.execute("SET plan_cache_mode = force_generic_plan")
+            plan = "\n".join(row[0] for row in await connection.fetch(f"EXPLAIN {statement}", ["s1", "s2"], *more))
+            assert index in plan, plan
+            assert "Seq Scan" not in plan
 
 
 async def test_a_block_is_told_and_priced(shop: Shop) -> None:

@@ -51,6 +51,10 @@ def hashed(kind: Kind, value: str, subjects: Subjects = SUBJECTS) -> str:
     return subjects.hashes(Identity(kind, value))[0]
 
 
+def usage(parts: tuple[tuple[datetime, int], ...], *reservation_ids: str, subject: str = "") -> Usage:
+    return Usage("holds", subject or hashed(Kind.CUSTOMER, "ann"), "", parts, frozenset(reservation_ids))
+
+
 def blocked(start: float, end: float, subject: str = "") -> Block:
     seconds = (NOW + timedelta(seconds=start), NOW + timedelta(seconds=end))
     return Block(subject or hashed(Kind.CUSTOMER, "ann"), *seconds)
@@ -138,48 +142,76 @@ def test_usage_counts_until_it_leaves(subjects: Subjects) -> None:
     """What analytics tells, part by part; a part that leaves now is gone."""
     guard = made(HOLDS)
     parts = ((NOW + timedelta(seconds=20), 1), (NOW + timedelta(seconds=40), 2))
-    guard.apply(Usage("holds", hashed(Kind.CUSTOMER, "ann", subjects), "", parts, NOW), NOW)
+    guard.apply(usage(parts, subject=hashed(Kind.CUSTOMER, "ann", subjects)), NOW)
     (refusal,) = admit(guard, [ask(at=19.999)])
     assert refusal
     assert refusal.metadata["retry_time"] == "2026-01-01T12:00:20Z"
     assert admit(guard, [ask(at=20), ask(at=20)])[0] is None
     assert admit(guard, [ask(at=39)])[0]
-    guard.apply(Usage("holds", hashed(Kind.CUSTOMER, "ann", subjects), "", (), NOW), NOW)
+    guard.apply(usage((), subject=hashed(Kind.CUSTOMER, "ann", subjects)), NOW)
     assert admit(guard, [ask(at=39)]) == [None]
 
 
 def test_admissions_that_analytics_tells_of_are_not_counted_twice() -> None:
-    """Up to the latest hold in the usage its parts count, after it the pod's own."""
+    """Whichever of them it tells of, in any order: partitions are judged one after the other."""
     guard = made(HOLDS)
-    assert admit(guard, [ask(at=0), ask(at=1)]) == [None, None]
-    usage = Usage("holds", hashed(Kind.CUSTOMER, "ann"), "", ((NOW + MINUTE, 1),), NOW)
-    guard.apply(usage, NOW)
+    asked = [ask(at=0), ask(at=1)]
+    assert admit(guard, asked) == [None, None]
+    guard.apply(usage(((NOW + MINUTE, 1),), asked[1].reservation_id), NOW)
     assert [refusal is None for refusal in admit(guard, [ask(at=2), ask(at=2)])] == [True, False]
 
 
-@pytest.mark.parametrize("ahead", [-5, 0.5, 5])
-def test_an_order_without_a_time_counts_once_whatever_the_clocks(ahead: float) -> None:
-    """It was made when it was held, by the database's clock, which is what the usage says of it."""
-    guard = made(HOLDS)
-    for second, (told, told_of) in enumerate([(0, 0), (1, 1), (1, 2)]):
-        now = NOW + timedelta(seconds=second)
-        placed = now + timedelta(seconds=ahead)
-        if told:
-            as_of = NOW + timedelta(seconds=told_of - 1 + ahead)
-            guard.apply(Usage("holds", hashed(Kind.CUSTOMER, "ann"), "", ((NOW + MINUTE, told_of),), as_of), now)
+@given(st.lists(st.integers(0, 7), max_size=20), st.integers(0, 12))
+def test_no_pod_passes_a_limit_whatever_analytics_tells_when(told: list[int], late: int) -> None:
+    """Of one pod's holds analytics tells any, in any order and late; the pod lets in exactly the limit."""
+    guard = made(Limit("holds", of_units=False, by=Kind.CUSTOMER, window=MINUTE, most=8))
+    let_in: list[Ask] = []
+    known: set[str] = set()
+    for step, which in enumerate([*told, *range(8), *range(8)]):
+        now = NOW + timedelta(seconds=step)
         asked = ask()
-        assert not guard.judge([asked], now)
-        guard.settle({asked.reservation_id: Held((("A", "MAIN", 1),), (), placed, placed, replayed=False)})
-    assert admit(guard, [ask()], NOW + timedelta(seconds=3))[0]
+        if admit(guard, [asked], now) == [None]:
+            let_in.append(asked)
+        if step >= late and which < len(let_in):
+            known.add(let_in[which].reservation_id)
+            guard.apply(usage(((NOW + 2 * MINUTE, len(known)),), *known), now)
+            guard.apply(Heartbeat(NOW, guard._limits), now)
+    assert len(let_in) == 8
 
 
-def test_own_admissions_are_forgotten_when_analytics_would_have_told() -> None:
-    """After OWN_SECONDS of the pod's clock, whatever the orders' times."""
+def test_a_retry_counts_once() -> None:
+    """The same reservation asked for again takes no room of its own."""
+    guard = made(HOLDS)
+    asked = ask()
+    assert admit(guard, [asked]) == [None]
+    assert not guard.judge([asked], NOW)
+    guard.settle({})
+    assert [refusal is None for refusal in admit(guard, [ask(), ask(), ask()])] == [True, True, False]
+
+
+def test_an_order_from_the_future_is_of_now() -> None:
+    """It neither escapes a block nor finds an empty window."""
+    guard = made(HOLDS)
+    assert [refusal is None for refusal in admit(guard, [ask(at=86_400) for _ in range(4)])] == [True] * 3 + [False]
+    assert admit(guard, [ask()])[0]
+    guard.apply(blocked(0, 10, hashed(Kind.CUSTOMER, "bob")), NOW)
+    assert admit(guard, [ask("bob", at=86_400)])[0]
+
+
+def test_own_admissions_are_forgotten_when_analytics_has_told() -> None:
+    """When it has come OWN_SECONDS past them; while it is away, when they are older than every window."""
     guard = made(HOLDS)
     admit(guard, [ask(at=0) for _ in range(3)])
     later = NOW + timedelta(seconds=module.OWN_SECONDS)
-    assert admit(guard, [ask(at=0)], later - timedelta(seconds=1))[0]
+    assert admit(guard, [ask(at=0)], later)[0]
+    guard.apply(Heartbeat(later - timedelta(seconds=1), (HOLDS,)), later)
+    assert admit(guard, [ask(at=0)], later)[0]
+    guard.apply(Heartbeat(later, (HOLDS,)), later)
     assert admit(guard, [ask(at=0)], later) == [None]
+    later += MINUTE
+    assert admit(guard, [ask(at=0)], later) == [None]
+    assert guard._own.keys() == {(hashed(Kind.CUSTOMER, "ann"), "")}
+    assert len(guard._recent) == 1
 
 
 @pytest.mark.parametrize(
@@ -215,7 +247,7 @@ def test_every_table_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     assert all(admit(guard, [ask("first"), ask("last")]))
     for n in range(100):
         guard.apply(blocked(0, 100, f"customer:k2:{n}"), NOW)
-        guard.apply(Usage("all", f"customer:k2:{n}", "", ((NOW + MINUTE, 1),), NOW), NOW)
+        guard.apply(Usage("all", f"customer:k2:{n}", "", ((NOW + MINUTE, 1),), frozenset()), NOW)
         admit(guard, [ask(f"c{n}")])
     assert len(guard._blocks) <= 20
     assert len(guard._usages) <= 20

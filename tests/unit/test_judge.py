@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.analytics import judge as module
 from services.analytics.judge import (
     DISTINCT_MAX,
     PARTS,
@@ -68,9 +69,11 @@ def test_a_window_is_a_brute_force_count(events: list[tuple[float, int]], now: f
     parts = range(int(now // width) - PARTS + 1, int(now // width) + 1)
     inside = [(at, amount) for at, amount in events if int(at // width) in parts]
     assert counts.total(now) == sum(amount for _, amount in inside)
-    assert sum(amount for _, amount in counts.within(now)) == counts.total(now)
-    for leaves, _ in counts.within(now):
-        assert now - 1e-6 < leaves <= now + length + width + 1e-6
+    if events:
+        latest = max(at for at, _ in events)
+        assert sum(amount for _, amount in counts.last()) == counts.total(latest)
+        for leaves, _ in counts.last():
+            assert latest - 1e-6 < leaves <= latest + length + width + 1e-6
 
 
 @given(st.lists(st.tuples(TIMES, st.sampled_from("abcd"))), TIMES)
@@ -191,7 +194,7 @@ FEATURES: list[tuple[str, Rule, list[Signal], float | None]] = [
     (
         "a first order far above others",
         rule(Feature.FIRST_ORDER_Z, Kind.CUSTOMER, 5),
-        [*(ask(str(n), units=n % 3 + 1, customer=f"c{n}") for n in range(40)), ask("big", units=1_000)],
+        [*(ask(str(n), units=n % 3 + 1) for n in range(40)), ask("big", units=1_000)._replace(first=True)],
         8.9658,
     ),
     (
@@ -263,7 +266,38 @@ def test_limits_are_told_from_half_of_them_on() -> None:
     judge = Judge([rule(Feature.HOLDS, Kind.CUSTOMER, 4, effect=Effect.LIMIT, score=0)], POLICY)
     assert judge.see(ask("1", 0.5)) == ([], [])
     _, (usage,) = judge.see(ask("2", 10.5))
-    assert (usage.subject, usage.parts, usage.as_of) == ("c", ((60, 1), (70, 1)), 10.5)
+    assert (usage.subject, usage.parts, usage.reservation_ids) == ("c", ((60, 1), (70, 1)), ("1", "2"))
+
+
+def test_a_late_order_makes_no_usage_smaller() -> None:
+    """What is told is of the latest order, whichever came last; which are in it is said."""
+    judge = Judge([rule(Feature.HOLDS, Kind.CUSTOMER, 4, effect=Effect.LIMIT, score=0)], POLICY)
+    for name in "123":
+        judge.see(ask(name, 50))
+    _, (usage,) = judge.see(ask("late", 5))
+    assert usage.parts == ((65, 1), (110, 3))
+    assert usage.reservation_ids == ("1", "2", "3", "late")
+
+
+def test_what_is_forgotten_holds_nothing_any_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Units of a reservation that is let go of are taken back, or they would count for ever."""
+    monkeypatch.setattr(module, "OPEN_MAX", 2)
+    judge = Judge([rule(Feature.UNITS_OPEN, Kind.CUSTOMER, 4)], POLICY)
+    assert not last(judge, [ask(str(n), n, units=2) for n in range(1)])
+    (found,) = last(judge, [ask(str(n), n, units=2) for n in range(1, 50)])
+    assert found.fired[0].value == 4
+
+
+def test_one_window_does_not_crowd_out_another(monkeypatch: pytest.MonkeyPatch) -> None:
+    """An order of many SKUs floods the windows by SKU, and those alone."""
+    monkeypatch.setattr(module, "SUBJECTS_MAX", 10)
+    rules = [rule(Feature.HOLDS, Kind.CUSTOMER, 2), rule(Feature.UNITS_OF_SKU, Kind.CUSTOMER, 9)]
+    judge = Judge(rules, POLICY)
+    judge.see(ask("1"))
+    many = ask("2", 1, customer="other")._replace(skus=tuple(map(str, range(50))), asked=(1,) * 50, held=(1,) * 50)
+    judge.see(many)
+    (found,) = last(judge, [ask("3", 2)])
+    assert found.fired[0].value == 2
 
 
 def finding(at: float, decision: Decision = Decision.REVIEW, value: float = 1) -> Finding:

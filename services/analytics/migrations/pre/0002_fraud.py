@@ -36,8 +36,7 @@ STATEMENTS = (
     """,
     "CREATE UNIQUE INDEX IF NOT EXISTS rule_decides ON desk.rule (rule_id) WHERE state = 'ACTIVE'",
     "CREATE UNIQUE INDEX IF NOT EXISTS rule_shadows ON desk.rule (rule_id) WHERE state = 'SHADOW'",
-    # A row: the last signal's number, and how often rules have changed. Whoever judges moves `seq` from where it
-    # knows it to be, in the transaction that writes the signals.
+    # A row: the last signal's number, and how often rules have changed. Whoever judges has it locked.
     """
     CREATE TABLE IF NOT EXISTS desk.judged (
         seq bigint NOT NULL,
@@ -77,10 +76,13 @@ STATEMENTS = (
         returned bigint NOT NULL,
         currency_code text NOT NULL,
         value_micros bigint NOT NULL,
+        first_order boolean NOT NULL,
         PRIMARY KEY (seq, at)
     ) PARTITION BY RANGE (at)
     """,
     "CREATE INDEX IF NOT EXISTS signal_by_time ON desk.signal (at)",
+    # Customers who ever ordered, as their keyed hashes.
+    'CREATE TABLE IF NOT EXISTS desk.customer (customer text COLLATE "C" PRIMARY KEY)',
     # Goods that came back and name their reservation: waits here for whoever judges.
     """
     CREATE TABLE IF NOT EXISTS desk.returned (
@@ -114,11 +116,14 @@ STATEMENTS = (
         CONSTRAINT case_state_known CHECK (state IN ('OPEN', 'KEPT', 'RELEASED', 'SHADOW'))
     )
     """,
-    "CREATE UNIQUE INDEX IF NOT EXISTS case_open ON desk.fraud_case (subject) WHERE state = 'OPEN'",
-    "CREATE UNIQUE INDEX IF NOT EXISTS case_shadow ON desk.fraud_case (subject) WHERE state = 'SHADOW'",
+    """
+    CREATE UNIQUE INDEX IF NOT EXISTS case_growing ON desk.fraud_case (subject, state)
+    WHERE state IN ('OPEN', 'SHADOW')
+    """,
     "CREATE INDEX IF NOT EXISTS case_by_subject ON desk.fraud_case (subject, created_at, case_id)",
     "CREATE INDEX IF NOT EXISTS case_exempt ON desk.fraud_case (subject) WHERE exempt_until IS NOT NULL",
     "CREATE INDEX IF NOT EXISTS case_by_time ON desk.fraud_case (created_at, case_id)",
+    "CREATE INDEX IF NOT EXISTS case_by_state ON desk.fraud_case (state, created_at, case_id)",
     # Who did what to a case: never changed, never deleted.
     """
     CREATE TABLE IF NOT EXISTS desk.case_entry (
