@@ -3,7 +3,7 @@
 import asyncio
 import os
 import signal
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
@@ -19,8 +19,9 @@ from holdfast.reservation.v1 import reservation_pb2 as rp
 from deploy.local.stack import Stack, Topic, free_port
 from deploy.local.supervisor import Pod, Supervisor
 from services.reservation import codec
+from services.reservation import commands as module
 from services.reservation.commands import Commands
-from services.reservation.domain import Action, Ask, Line, Mode, Reason
+from services.reservation.domain import Action, Ask, Change, Changed, Line, Mode, Reason, Reservation
 from services.reservation.guard import Guard, Verdict
 from services.reservation.inventory import Inventory
 from services.reservation.subjects import Identity, Kind, Subjects
@@ -291,6 +292,28 @@ async def test_a_decided_case_cancels_what_is_held(
         b"not a Verdict",
         b"a Release whose request_id must be 1 to 64 characters of A-Z a-z 0-9 . _ : / -",
     ]
+
+
+async def test_a_large_release_goes_in_portions(
+    at: Callable[[Guard], Commands], holdfast: Holdfast, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each of few enough lines for one call; every reservation is cancelled, once."""
+    monkeypatch.setattr(module, "PORTION_LINES_MAX", 2)
+    sku, commands = await goods(holdfast, 10), at(Heard())
+    held = [ask("", sku) for _ in range(5)]
+    assert await reasons(commands, *held) == [""] * 5
+    portions: list[int] = []
+    change = commands._inventory.change
+
+    async def counted(items: Sequence[tuple[Change, Reservation]]) -> Sequence[Changed | Refusal]:
+        portions.append(len(items))
+        return await change(items)
+
+    monkeypatch.setattr(commands._inventory, "change", counted)
+    cancels = [rp.CancelRequest(reservation_id=one.reservation_id, request_id="case/a") for one in held]
+    outcomes = await commands.change([codec.change(cancel, Action.CANCEL) for cancel in cancels])
+    assert [outcome[0].state for outcome in outcomes if not isinstance(outcome, Refusal)] == ["CANCELLED"] * 5
+    assert portions == [2, 2, 1]
 
 
 async def refusal_by(pod: Pod, call: Callable[[Holdfast], Awaitable[object]], pods: Supervisor) -> Refusal:
