@@ -1,0 +1,1 @@
+"""Proof: an auditor of histories, and what makes histories worth auditing."""
