@@ -7,10 +7,9 @@ calls ("Symbol not found"); grpcurl asks for the service. The pool here answers 
 from collections.abc import Sequence
 from typing import Any
 
-import grpc
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
 
 NAME: str = reflection.SERVICE_NAME
 
@@ -35,7 +34,7 @@ class _Pool:
             return found.file
 
 
-def enable(services: Sequence[str], server: grpc.aio.Server) -> None:
-    """Serve reflection of the services, and of itself."""
-    pool: Any = _Pool()
-    reflection.enable_server_reflection((*services, NAME), server, pool=pool)
+def enable(services: Sequence[str], server: Any) -> None:
+    """Serve reflection of the services, and of itself, on an asyncio server or what stands before it."""
+    servicer = reflection.aio.ReflectionServicer((*services, NAME), pool=_Pool())
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)

@@ -1,9 +1,12 @@
 """Settings that every service reads from the environment (prefix HOLDFAST_)."""
 
-from typing import Literal, TypeVar
+import ipaddress
+from typing import Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError
+from pydantic import Field, ValidationError, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
+
+from shared import access, tls, tokens
 
 
 class Settings(BaseSettings):
@@ -16,6 +19,21 @@ class Settings(BaseSettings):
     database_dsn: str = Field(repr=False, description="PostgreSQL, as postgresql://user@host:port/database.")
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", repr=False, description="Redis.")
     kafka_bootstrap: str = Field(default="127.0.0.1:9092", description="Kafka brokers, host:port, by comma.")
+    tls_directory: str = Field(
+        default="", description="Holds tls.crt, tls.key and ca.crt. With it everybody has to show a certificate."
+    )
+    insecure: bool = Field(
+        default=False, description="Whether to serve addresses that are not loopback without TLS, to everybody."
+    )
+    access_file: str = Field(default="", description="The table of who may call what; needed with TLS.")
+    jwt_issuer: str = Field(default="", description="Whose bearer tokens count; empty: nobody's.")
+    jwt_audience: str = Field(default="", description="For whom they must be.")
+    jwks_file: str = Field(default="", description="The issuer's public keys, a JSON Web Key Set.")
+    probe_listen: str = Field(
+        default="", description="A second address, without TLS, that answers health alone, for Kubernetes' probes."
+    )
+    caller_calls_per_second_max: float = Field(default=0, ge=0, description="For one caller on a pod; 0: no limit.")
+    caller_in_flight_calls_max: int = Field(default=0, ge=0, description="For one caller on a pod; 0: no limit.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
 
@@ -37,6 +55,49 @@ class Settings(BaseSettings):
     reconcile_poll_seconds: float = Field(default=60, gt=0, description="Between reconciliations.")
     lock_ttl_seconds: float = Field(default=5, gt=0, description="Life of a worker's lock without renewal.")
 
+    @property
+    def caller_limits(self) -> access.Limits:
+        """For callers whose roles name none."""
+        return access.Limits(self.caller_calls_per_second_max, self.caller_in_flight_calls_max)
+
+    @model_validator(mode="after")
+    def _check_security(self) -> Self:
+        """Nothing is open by mistake: what has no TLS stays on loopback, and files are looked at before they count."""
+        if not self.tls_directory:
+            if self.access_file or self.jwt_issuer or self.jwt_audience or self.jwks_file:
+                raise ValueError("HOLDFAST_ACCESS_FILE and HOLDFAST_JWT_* need HOLDFAST_TLS_DIRECTORY")
+            if not (loopback(self.listen) or self.insecure):
+                raise ValueError(
+                    f"HOLDFAST_LISTEN: {self.listen} is not loopback: set HOLDFAST_TLS_DIRECTORY,"
+                    " or HOLDFAST_INSECURE=true to serve everybody without TLS"
+                )
+            return self
+        if len({bool(value) for value in (self.jwt_issuer, self.jwt_audience, self.jwks_file)}) > 1:
+            raise ValueError("HOLDFAST_JWT_ISSUER, HOLDFAST_JWT_AUDIENCE and HOLDFAST_JWKS_FILE go together")
+        if not self.access_file:
+            raise ValueError("HOLDFAST_ACCESS_FILE: is needed with HOLDFAST_TLS_DIRECTORY")
+        name = ""
+        try:
+            name = "HOLDFAST_TLS_DIRECTORY"
+            tls.watch(self.tls_directory)
+            name = "HOLDFAST_ACCESS_FILE"
+            access.read(self.access_file, self.caller_limits)
+            if self.jwks_file:
+                name = "HOLDFAST_JWKS_FILE"
+                tokens.watch(self.jwks_file)
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{name}: {error}") from None
+        return self
+
+
+def loopback(address: str) -> bool:
+    """Whether an address that a server binds can be reached from this machine alone."""
+    host = address.rpartition(":")[0].strip("[]")
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost" or address.startswith("unix:")
+
 
 S = TypeVar("S", bound=Settings)
 
@@ -47,6 +108,8 @@ def load(settings: type[S]) -> S:
         return settings()  # type: ignore[call-arg] # the environment has the rest
     except ValidationError as error:
         problems = "; ".join(
-            f"HOLDFAST_{str(problem['loc'][0]).upper()}: {problem['msg']}" for problem in error.errors()
+            "".join(f"HOLDFAST_{str(name).upper()}: " for name in problem["loc"][:1])
+            + problem["msg"].removeprefix("Value error, ")
+            for problem in error.errors()
         )
         raise SystemExit(f"bad settings: {problems}") from None

@@ -34,7 +34,7 @@ async def run(settings: Settings, role: str) -> None:
         timeout_seconds=settings.database_timeout_seconds,
     )
     client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
-    channel = open_channel(settings.inventory_target)
+    channel = open_channel(settings.inventory_target, settings.tls_directory)
     subjects = Subjects(parse_keys(settings.subject_keys.get_secret_value()))
     api = role in {"api", "all"}
     guard, following = None, None
