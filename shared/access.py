@@ -119,8 +119,7 @@ def calls() -> dict[str, list[str]]:
         service for api in APIS for service in api.DESCRIPTOR.services_by_name.values()
     ]
     return {
-        service.full_name: [f"/{service.full_name}/{method.name}" for method in service.methods]
-        for service in services
+        service.full_name: [f"/{service.full_name}/{method.name}" for method in service.methods] for service in services
     }
 
 

@@ -6,8 +6,8 @@ look into a set (`shared.access`). Without TLS, on loopback, everybody may call 
 by their address.
 
 Each caller has a bucket of calls that fills by `calls_per_second_max` and holds a second's worth (at least one), and
-a number of calls in flight. Refusing takes a fraction of what a call takes, which is how a flood of one leaves room for others.
-Buckets are a pod's own. CALLERS_MAX are kept; the one longest unused is forgotten, and starts anew.
+a number of calls in flight. Refusing takes a fraction of what a call takes, so that a flood of one leaves room for
+others. Buckets are a pod's own. CALLERS_MAX are kept; the one longest unused is forgotten, and starts anew.
 """
 
 import time

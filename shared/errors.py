@@ -30,7 +30,7 @@ class ErrorMap:
         return self.codes.get(refusal.reason, grpc.StatusCode.INTERNAL)
 
     def details(self, refusal: Refusal) -> bytes:
-        """The serialised google.rpc.Status with the refusal's ErrorInfo, and RetryInfo where it says `retry_seconds`."""
+        """The google.rpc.Status with the refusal's ErrorInfo, as bytes; `retry_seconds` are told as RetryInfo, too."""
         info = error_details_pb2.ErrorInfo(reason=refusal.reason, domain=self.domain, metadata=refusal.metadata)
         details: list[Message] = [info]
         if "retry_seconds" in refusal.metadata:

@@ -58,8 +58,15 @@ class Watched(Generic[T]):
             return self._value
 
     def _signature(self) -> Signature:
-        stats = [path.stat() for path in self._paths]
-        return tuple((stat.st_ino, stat.st_mtime_ns, stat.st_size) for stat in stats)
+        return tuple(_identity(path) for path in self._paths)
 
     def _read(self) -> T:
         return self._parse([path.read_bytes() for path in self._paths])
+
+
+def _identity(path: Path) -> tuple[int, int, int]:
+    try:
+        stat = path.stat()
+    except OSError:
+        return 0, 0, 0
+    return stat.st_ino, stat.st_mtime_ns, stat.st_size

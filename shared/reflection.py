@@ -10,6 +10,7 @@ from typing import Any
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
 from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha._async import ReflectionServicer
 
 NAME: str = reflection.SERVICE_NAME
 
@@ -36,5 +37,6 @@ class _Pool:
 
 def enable(services: Sequence[str], server: Any) -> None:
     """Serve reflection of the services, and of itself, on an asyncio server or what stands before it."""
-    servicer = reflection.aio.ReflectionServicer((*services, NAME), pool=_Pool())
+    pool: Any = _Pool()
+    servicer = ReflectionServicer((*services, NAME), pool=pool)
     reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)

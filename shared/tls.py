@@ -39,9 +39,7 @@ def server_credentials(certificates: Watched[Certificates]) -> grpc.ServerCreden
         chain, key, authorities = certificates.current()
         return grpc.ssl_server_certificate_configuration([(key, chain)], authorities)
 
-    return grpc.dynamic_ssl_server_credentials(
-        configuration(), configuration, require_client_authentication=True
-    )
+    return grpc.dynamic_ssl_server_credentials(configuration(), configuration, require_client_authentication=True)
 
 
 def channel_credentials(certificates: Certificates) -> grpc.ChannelCredentials:
