@@ -1,24 +1,85 @@
 """Settings that every service reads from the environment (prefix HOLDFAST_)."""
 
 import ipaddress
+import re
 from typing import Literal, Self, TypeVar
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import Field, SecretStr, ValidationError, field_validator, model_validator
 from pydantic_settings import BaseSettings, SettingsConfigDict
 
 from shared import access, tls, tokens
+from shared.kafka import Brokers
+
+CONFIG = SettingsConfigDict(env_prefix="HOLDFAST_", extra="ignore", frozen=True, hide_input_in_errors=True)
+HOSTS = r"(\[[0-9a-fA-F:.]+\]|[^@/?#:,\[\]]*)(:\d+)?"
+POSTGRES = re.compile(rf"postgres(ql)?://([^/?#]*@)?{HOSTS}(,{HOSTS})*(/[^?#]*)?(\?[^#]*)?")
+REDIS = re.compile(rf"(rediss?://([^/?#]*@)?{HOSTS}|unix://([^/?#]*@)?)(/[^?#]*)?(\?[^#]*)?")
 
 
-class Settings(BaseSettings):
+class DatabaseSettings(BaseSettings):
+    """How PostgreSQL is reached."""
+
+    model_config = CONFIG
+
+    database_dsn: str = Field(
+        repr=False,
+        description="PostgreSQL: postgresql://user:password@host:port/database?sslmode=verify-full&sslrootcert=FILE.",
+    )
+
+    @field_validator("database_dsn")
+    @classmethod
+    def _check_database_dsn(cls, value: str) -> str:
+        return _address(value, POSTGRES, "postgresql://user:password@host:port/database")
+
+
+class KafkaSettings(BaseSettings):
+    """How the Kafka brokers are reached."""
+
+    model_config = CONFIG
+
+    kafka_bootstrap: str = Field(default="127.0.0.1:9092", description="Kafka brokers, host:port, by comma.")
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_SSL"] = "PLAINTEXT"
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
+    kafka_username: str = ""
+    kafka_password: SecretStr = SecretStr("")
+    kafka_ca_file: str = Field(default="", description="Whose certificates the brokers' are; empty: the system's.")
+
+    @property
+    def brokers(self) -> Brokers:
+        """For whatever connects to them."""
+        return Brokers(
+            self.kafka_bootstrap,
+            self.kafka_security_protocol,
+            self.kafka_sasl_mechanism,
+            self.kafka_username,
+            self.kafka_password.get_secret_value(),
+            self.kafka_ca_file,
+        )
+
+    @model_validator(mode="after")
+    def _check_kafka(self) -> Self:
+        if self.kafka_security_protocol.startswith("SASL"):
+            if not (self.kafka_username and self.kafka_password.get_secret_value()):
+                raise ValueError("HOLDFAST_KAFKA_USERNAME and HOLDFAST_KAFKA_PASSWORD are needed with SASL")
+        elif self.kafka_username:
+            raise ValueError("HOLDFAST_KAFKA_USERNAME needs HOLDFAST_KAFKA_SECURITY_PROTOCOL=SASL_SSL")
+        try:
+            self.brokers.options  # noqa: B018 - reads the file
+        except OSError as error:
+            raise ValueError(f"HOLDFAST_KAFKA_CA_FILE: {error.strerror or 'has no certificate'}") from None
+        return self
+
+
+class Settings(KafkaSettings, DatabaseSettings):
     """What a pod needs to know; a service adds its own fields. Units stand last in the names."""
-
-    model_config = SettingsConfigDict(env_prefix="HOLDFAST_", extra="ignore", frozen=True)
 
     pod: str = Field(default="local", description="The pod's name, in logs and in every answer's metadata.")
     listen: str = Field(default="127.0.0.1:50051", description="Address that the gRPC server binds.")
-    database_dsn: str = Field(repr=False, description="PostgreSQL, as postgresql://user@host:port/database.")
-    redis_url: str = Field(default="redis://127.0.0.1:6379/0", repr=False, description="Redis.")
-    kafka_bootstrap: str = Field(default="127.0.0.1:9092", description="Kafka brokers, host:port, by comma.")
+    redis_url: str = Field(
+        default="redis://127.0.0.1:6379/0",
+        repr=False,
+        description="Redis: rediss://user:password@host:port/0?ssl_ca_certs=FILE.",
+    )
     tls_directory: str = Field(
         default="", description="Holds tls.crt, tls.key and ca.crt. With it everybody has to show a certificate."
     )
@@ -60,6 +121,11 @@ class Settings(BaseSettings):
         """For callers whose roles name none."""
         return access.Limits(self.caller_calls_per_second_max, self.caller_in_flight_calls_max)
 
+    @field_validator("redis_url")
+    @classmethod
+    def _check_redis_url(cls, value: str) -> str:
+        return _address(value, REDIS, "rediss://user:password@host:port/0")
+
     @model_validator(mode="after")
     def _check_security(self) -> Self:
         """Nothing is open by mistake: what has no TLS stays on loopback, and files are looked at before they count."""
@@ -90,6 +156,13 @@ class Settings(BaseSettings):
         return self
 
 
+def _address(value: str, form: re.Pattern[str], example: str) -> str:
+    """Who parses an address later would show what it cannot parse, and that may be a part of a password."""
+    if not form.fullmatch(value):
+        raise ValueError(f"must be like {example}, with %XX for special characters of a password")
+    return value
+
+
 def loopback(address: str) -> bool:
     """Whether an address that a server binds can be reached from this machine alone."""
     host = address.rpartition(":")[0].strip("[]")
@@ -99,13 +172,13 @@ def loopback(address: str) -> bool:
         return host == "localhost" or address.startswith("unix:")
 
 
-S = TypeVar("S", bound=Settings)
+S = TypeVar("S", bound=BaseSettings)
 
 
 def load(settings: type[S]) -> S:
     """Read the environment; a missing or bad variable ends the process with one line that names it."""
     try:
-        return settings()  # type: ignore[call-arg] # the environment has the rest
+        return settings()
     except ValidationError as error:
         problems = "; ".join(
             "".join(f"HOLDFAST_{str(name).upper()}: " for name in problem["loc"][:1])

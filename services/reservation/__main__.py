@@ -41,7 +41,7 @@ async def run(settings: Settings, role: str) -> None:
     if api and settings.enforcement != "off":
         closed, stale_seconds = settings.enforcement == "closed", settings.enforcement_stale_seconds
         guard = Guard(subjects, closed=closed, stale_seconds=stale_seconds)
-        follower = Follower(settings.kafka_bootstrap, guard)
+        follower = Follower(settings.brokers, guard)
         following = asyncio.create_task(restarting("verdicts", follower.run))
         await follower.complete(settings.enforcement_start_seconds)
     commands = Commands(database, Inventory(channel), subjects, guard)

@@ -378,7 +378,7 @@ def test_what_would_be_open_by_mistake_does_not_start(
     mixed = Authority().issue(tmp_path / "MIXED", "a")
     (mixed / "tls.key").write_bytes((other / "tls.key").read_bytes())
     directories = {"TLS": str(good), "MIXED": str(mixed)}
-    for name, value in ({"DATABASE_DSN": "x"} | settings).items():
+    for name, value in ({"DATABASE_DSN": "postgresql://x"} | settings).items():
         monkeypatch.setenv(f"HOLDFAST_{name}", directories.get(value, value))
     with pytest.raises(SystemExit) as ended:
         load(Settings)
@@ -390,6 +390,6 @@ def test_what_would_be_open_by_mistake_does_not_start(
 
 def test_everybody_is_served_only_where_that_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
     """HOLDFAST_INSECURE=true."""
-    for name, value in {"DATABASE_DSN": "x", "LISTEN": "0.0.0.0:1", "INSECURE": "true"}.items():
+    for name, value in {"DATABASE_DSN": "postgresql://x", "LISTEN": "0.0.0.0:1", "INSECURE": "true"}.items():
         monkeypatch.setenv(f"HOLDFAST_{name}", value)
     assert load(Settings).insecure
