@@ -25,6 +25,7 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
@@ -44,6 +45,7 @@ GC_ALLOCATIONS = 20_000
 METADATA_BYTES_MAX = 16 << 10
 STREAMS_MAX = 4096
 PROBES_MAX = 100
+UNREADABLE = object()
 log = structlog.get_logger(__name__)
 Server = grpc.aio.Server
 if TYPE_CHECKING:
@@ -88,7 +90,7 @@ class Edge:
     def wrap(self, method: str, handler: Any) -> Handler:
         """A method's handler with this edge around it."""
         codec = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": _lenient(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         made: Handler
@@ -99,6 +101,7 @@ class Edge:
                 else grpc.unary_stream_rpc_method_handler
             )
             stream = handler.stream_stream or handler.unary_stream
+            stream = _readable(stream, streamed=handler.request_streaming)
             if self._admission:
                 stream = self._admission.stream(method, stream)
             made = make(self._stream(stream), **codec)
@@ -107,6 +110,7 @@ class Edge:
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
         unary = handler.stream_unary or handler.unary_unary
+        unary = _readable(unary, streamed=handler.request_streaming)
         if self._admission:
             unary = self._admission.unary(method, unary)
         made = make(self._unary(unary), **codec)
@@ -200,6 +204,31 @@ class Guarded:
 
     def add_registered_method_handlers(self, _service: str, _handlers: Any) -> None:
         """Asyncio servers look methods up in the generic handlers."""
+
+
+def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """`parse`, but bytes that are no message are UNREADABLE: gRPC would answer UNKNOWN, and log what they are."""
+
+    def parsed(raw: bytes) -> Any:
+        try:
+            return parse(raw)
+        except DecodeError:
+            return UNREADABLE
+
+    return parsed
+
+
+def _readable(behaviour: Callable[[Any, Context], Any], *, streamed: bool) -> Callable[[Any, Context], Any]:
+    """`behaviour` for requests that are messages; the first that is none is refused."""
+
+    def checked(request: Any) -> Any:
+        if request is UNREADABLE:
+            raise Refusal("FIELD_INVALID", "the request is not a message of this call", field="")
+        return request
+
+    if streamed:
+        return lambda requests, context: behaviour((checked(request) async for request in requests), context)
+    return lambda request, context: behaviour(checked(request), context)
 
 
 def _stopping() -> Refusal:

@@ -6,10 +6,10 @@ import ssl
 import statistics
 import time
 from collections import Counter
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import grpc
 import pytest
@@ -24,83 +24,14 @@ from holdfast.reservation.v1 import reservation_pb2 as rp
 from holdfast.reservation.v1 import reservation_pb2_grpc
 
 from deploy.local.certificates import Authority
-from deploy.local.stack import REPOSITORY, Stack, free_port
-from deploy.local.supervisor import SERVICES, Supervisor
+from deploy.local.supervisor import SERVICES
 from shared.channel import open_channel
 from shared.client import Holdfast
 from shared.errors import DETAILS_KEY, refusal_of
 from shared.refusal import Refusal
+from tests.e2e.conftest import FLOOD_CALLS_PER_SECOND_MAX, FLOODERS, Secured
 from tests.e2e.shop import goods, new
-from tests.unit.test_access import AUDIENCE, ISSUER, SIGNERS, by_public_key, jwks, signed
-
-FLOODERS = 24
-FLOOD_CALLS_PER_SECOND_MAX = 20
-# Beside the shipped table.
-MORE = f"""
-[roles.flooder]
-calls_per_second_max = {FLOOD_CALLS_PER_SECOND_MAX}
-in_flight_calls_max = {FLOODERS - 4}
-calls = ["holdfast.reservation.v1.ReservationService/*"]
-
-[certificates]
-flooder = ["flooder"]
-"spiffe://holdfast.test/till" = ["shop"]
-"""
-
-
-class Secured(NamedTuple):
-    """Pods that speak TLS, their authority, and a place for other certificates."""
-
-    pods: Supervisor
-    authority: Authority
-    root: Path
-    probes: dict[str, int]
-
-    @property
-    def targets(self) -> dict[str, str]:
-        return self.pods.targets
-
-    def certificate(self, *names: str, **more: Any) -> str:
-        return str(self.authority.issue(self.root / new("certificate"), *names, **more))
-
-
-@pytest.fixture(scope="module")
-def secured(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Secured]:
-    """A pod of each service in role "api", so that nothing of it works on the topics of other tests."""
-    root = tmp_path_factory.mktemp("security")
-    (root / "jwks.json").write_text(jwks(**SIGNERS))
-    table = (REPOSITORY / "deploy" / "access.toml").read_text()
-    (root / "access.toml").write_text(table.replace("[certificates]", MORE, 1))
-    settings = {
-        "HOLDFAST_ACCESS_FILE": str(root / "access.toml"),
-        "HOLDFAST_JWT_ISSUER": ISSUER,
-        "HOLDFAST_JWT_AUDIENCE": AUDIENCE,
-        "HOLDFAST_JWKS_FILE": str(root / "jwks.json"),
-    }
-    probes = {service.name: free_port() for service in SERVICES}
-    services = [
-        service._replace(
-            database=f"secured_{service.name}",
-            pods=1,
-            settings=settings | {"HOLDFAST_PROBE_LISTEN": f"127.0.0.1:{probes[service.name]}"},
-        )
-        for service in SERVICES
-    ]
-    authority = Authority()
-    with Supervisor(stack, services=services, role="api", authority=authority).start() as pods:
-        yield Secured(pods, authority, root, probes)
-
-
-@pytest.fixture
-async def everybody(secured: Secured) -> AsyncIterator[Holdfast]:
-    """A client whose certificate has all roles of people."""
-    async with client(secured, secured.pods.tls_directory) as made:
-        yield made
-
-
-def client(secured: Secured, directory: str) -> Holdfast:
-    targets = (secured.targets[name] for name in ("inventory", "reservation", "analytics"))
-    return Holdfast(*targets, tls_directory=directory)
+from tests.unit.test_access import by_public_key, signed
 
 
 async def code(call: Awaitable[Any]) -> grpc.StatusCode:
@@ -216,7 +147,7 @@ async def test_certificates_are_rotated_under_load_without_a_failed_call(secured
             assert answer.outcome == rp.RESERVE_OUTCOME_HELD
             done += 1
 
-    async with client(secured, own) as shop:
+    async with secured.client(own) as shop:
         callers = [asyncio.create_task(caller(shop)) for _ in range(8)]
         for _ in range(3):
             before = [serial(secured, f"{name}-0") for name in ("inventory", "reservation")]
@@ -260,7 +191,7 @@ def _service(name: str) -> Any:
 
 async def test_each_role_may_call_what_the_table_says_and_nothing_else(secured: Secured) -> None:
     """Over all three services: UNARY, streams of either side, and holds, which only reservation may place."""
-    async with client(secured, secured.certificate("shop")) as shop:
+    async with secured.client(secured.certificate("shop")) as shop:
         assert await reason(shop.reservation.GetReservation(GET)) == "NOT_FOUND RESERVATION_NOT_FOUND"
         assert await reason(shop.inventory.PlaceHolds(ip.PlaceHoldsRequest())) == FORBIDDEN
         assert await reason(shop.inventory.AdjustStock(ip.AdjustStockRequest())) == FORBIDDEN
@@ -268,14 +199,14 @@ async def test_each_role_may_call_what_the_table_says_and_nothing_else(secured: 
         assert await reason(shop.reservation.ResolveSubjects(rp.ResolveSubjectsRequest())) == FORBIDDEN
         assert await reason(shop.analytics.GetFreshness(ap.GetFreshnessRequest())) == FORBIDDEN
         assert await reason(shop.analytics.ExportReport(ap.ExportReportRequest()).read()) == FORBIDDEN
-    async with client(secured, secured.certificate("warehouse")) as warehouse:
+    async with secured.client(secured.certificate("warehouse")) as warehouse:
         adjusted = warehouse.inventory.AdjustStock(ip.AdjustStockRequest())
         assert await reason(adjusted) == "INVALID_ARGUMENT FIELD_INVALID"
         assert await reason(warehouse.reservation.Reserve(rp.ReserveRequest())) == FORBIDDEN
         assert await reason(silent(warehouse.reservation).ReserveStream().read()) == FORBIDDEN
-    async with client(secured, secured.certificate("stranger")) as stranger:
+    async with secured.client(secured.certificate("stranger")) as stranger:
         assert await reason(stranger.reservation.GetReservation(GET)) == FORBIDDEN
-    async with client(secured, secured.certificate(uri="spiffe://holdfast.test/till")) as till:
+    async with secured.client(secured.certificate(uri="spiffe://holdfast.test/till")) as till:
         assert await reason(till.reservation.GetReservation(GET)) == "NOT_FOUND RESERVATION_NOT_FOUND"
 
 
@@ -293,7 +224,7 @@ async def test_reflection_is_closed_but_to_whom_the_table_opens_it(secured: Secu
 
 async def test_a_token_says_who_calls(secured: Secured) -> None:
     """Its roles count, not the certificate's; a bad one is refused, on every service, with the API's own reason."""
-    async with client(secured, secured.certificate("gateway")) as gateway:
+    async with secured.client(secured.certificate("gateway")) as gateway:
 
         def got(token: str) -> Awaitable[Any]:
             call: Awaitable[Any] = gateway.reservation.GetReservation(GET, metadata=_bearer(token))
@@ -317,7 +248,7 @@ async def test_a_token_says_who_calls(secured: Secured) -> None:
         assert await reason(gateway.analytics.GetFreshness(ap.GetFreshnessRequest(), metadata=metadata)) == UNKNOWN
         twice = _bearer(signed(scope="shop")) * 2
         assert await reason(gateway.reservation.GetReservation(GET, metadata=twice)) == UNKNOWN
-    async with client(secured, secured.certificate("shop")) as shop:
+    async with secured.client(secured.certificate("shop")) as shop:
         assert await reason(shop.reservation.GetReservation(GET, metadata=_bearer(bad["audience"]))) == UNKNOWN
 
 
@@ -354,8 +285,8 @@ async def test_a_flood_from_one_caller_does_not_slow_another(secured: Secured, e
         return statistics.median(taken)
 
     async with (
-        client(secured, secured.certificate("shop")) as shop,
-        client(secured, secured.certificate("flooder")) as flooder,
+        secured.client(secured.certificate("shop")) as shop,
+        secured.client(secured.certificate("flooder")) as flooder,
     ):
         await timed(shop, 20)
         quiet = await timed(shop, 50)
@@ -386,7 +317,7 @@ def _truth(condition: Callable[[], bool]) -> Callable[[], Awaitable[bool]]:
 
 async def test_metadata_is_bounded(secured: Secured) -> None:
     """A megabyte of headers is refused before it is looked at."""
-    async with client(secured, secured.certificate("shop")) as shop:
+    async with secured.client(secured.certificate("shop")) as shop:
         large = (("x-large", "x" * (1 << 20)),)
         found = await code(shop.reservation.GetReservation(GET, metadata=large, timeout=10))
         assert found in {grpc.StatusCode.RESOURCE_EXHAUSTED, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.INTERNAL}

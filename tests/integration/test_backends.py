@@ -5,6 +5,7 @@ import contextlib
 import ssl
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 import redis.asyncio as redis
@@ -110,7 +111,7 @@ async def test_redis_is_reached_by_verified_tls_and_as_a_user(
 ) -> None:
     """With a user of its access list; a wrong password or another authority is refused."""
     async with redis.Redis.from_url(stack.redis_url) as administrator:
-        await administrator.execute_command("ACL", "SETUSER", "holdfast", "on", ">let/in", "~*", "+@all")
+        await _do(administrator, "ACL", "SETUSER", "holdfast", "on", ">let/in", "~*", "+@all")
         async with behind_tls(int(stack.redis_url.rpartition(":")[2].partition("/")[0]), server_context) as port:
 
             def client(password: str, trusted: Path) -> redis.Redis:
@@ -119,14 +120,18 @@ async def test_redis_is_reached_by_verified_tls_and_as_a_user(
                 )
 
             async with client("let%2Fin", ca_file) as good:
-                assert await good.execute_command("ACL", "WHOAMI") in {"holdfast", b"holdfast"}
+                assert await _do(good, "ACL", "WHOAMI") in {"holdfast", b"holdfast"}
             async with client("wrong", ca_file) as wrong:
                 with pytest.raises(AuthenticationError):
                     await wrong.ping()
             async with client("let%2Fin", other_ca_file) as other:
                 with pytest.raises(ConnectionError):
                     await other.ping()
-        await administrator.execute_command("ACL", "DELUSER", "holdfast")
+        await _do(administrator, "ACL", "DELUSER", "holdfast")
+
+
+async def _do(client: Any, *words: str) -> Any:
+    return await client.execute_command(*words)
 
 
 @pytest.fixture(scope="module")
@@ -137,11 +142,11 @@ def secured_kafka(authority: Authority, tmp_path_factory: pytest.TempPathFactory
     pem = root / "broker.pem"
     pem.write_bytes((issued / "tls.key").read_bytes() + (issued / "tls.crt").read_bytes())
     plain = stacks._kafka_properties
-    port = free_port()
+    secured_port = free_port()
 
-    def properties(data: Path, plaintext_port: int, controller_port: int) -> str:
-        secured = f"SECURED://127.0.0.1:{port}"
-        lines = plain(data, plaintext_port, controller_port).splitlines()
+    def properties(data: Path, port: int, controller_port: int) -> str:
+        secured = f"SECURED://127.0.0.1:{secured_port}"
+        lines = plain(data, port, controller_port).splitlines()
         for number, line in enumerate(lines):
             if line.startswith(("listeners=", "advertised.listeners=")):
                 lines[number] += f",{secured}"
@@ -165,7 +170,7 @@ def secured_kafka(authority: Authority, tmp_path_factory: pytest.TempPathFactory
     stacks._kafka_properties = properties
     try:
         stack._start_kafka()
-        yield port
+        yield secured_port
     finally:
         stacks._kafka_properties = plain
         stack.stop()
