@@ -7,14 +7,16 @@ chain and version table, so either can be run again at any time; an advisory loc
 
 import argparse
 import asyncio
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+import asyncpg
 import sqlalchemy
 from alembic import command
 from alembic.config import Config
 from sqlalchemy.ext.asyncio import create_async_engine
+
+from shared.settings import DatabaseSettings, load
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("pre", "post")
@@ -34,7 +36,8 @@ def upgrade(connection: sqlalchemy.Connection, service: str, phase: str) -> None
 
 async def migrate(dsn: str, service: str, phases: Sequence[str] = PHASES, schema: str = "public") -> None:
     """Migrate a schema of the database at `dsn`, phase by phase."""
-    engine = create_async_engine(dsn.replace("postgresql://", "postgresql+asyncpg://", 1))
+    # asyncpg reads the address itself: SQLAlchemy does not know all of its options, such as sslmode.
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(dsn))
     try:
         for phase in phases:
             async with engine.begin() as connection:
@@ -52,9 +55,7 @@ def main() -> None:
     parser.add_argument("service", choices=services)
     parser.add_argument("--phase", choices=(*PHASES, "all"), default="all")
     arguments = parser.parse_args()
-    dsn = os.environ.get("HOLDFAST_DATABASE_DSN")
-    if not dsn:
-        parser.error("set HOLDFAST_DATABASE_DSN to postgresql://user@host:port/database")
+    dsn = load(DatabaseSettings).database_dsn
     asyncio.run(migrate(dsn, arguments.service, PHASES if arguments.phase == "all" else [arguments.phase]))
 
 

@@ -32,6 +32,7 @@ from aiokafka.producer.message_accumulator import BatchBuilder
 
 from shared import watermark
 from shared.database import Connection, Database
+from shared.kafka import Brokers
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
@@ -193,10 +194,10 @@ def _headers(group: Group, number: int) -> list[tuple[str, bytes]]:
     return headers
 
 
-def producer(bootstrap: str, client: str) -> AIOKafkaProducer:
+def producer(brokers: Brokers, client: str) -> AIOKafkaProducer:
     """A producer that keeps order and sends each batch once."""
     return AIOKafkaProducer(
-        bootstrap_servers=bootstrap,
+        **brokers.options,
         client_id=client,
         acks="all",
         enable_idempotence=True,

@@ -7,6 +7,7 @@ import redis.asyncio as redis
 import structlog
 
 from shared.database import Database
+from shared.kafka import Brokers
 from shared.lock import run_alone
 from shared.outbox import OUTBOX, Relay, Source, producer
 
@@ -71,14 +72,14 @@ async def alone(client: redis.Redis, name: str, work: Work, *, lock_ttl_seconds:
 
 async def relay(
     database: Database,
-    bootstrap: str,
+    brokers: Brokers,
     client_id: str,
     poll_seconds: float,
     source: Source = OUTBOX,
     watermark_topic: str = "",
 ) -> None:
     """Move what waits to Kafka until cancelled. Raises KafkaError when the brokers cannot be found."""
-    sender = producer(bootstrap, client_id)
+    sender = producer(brokers, client_id)
     try:
         await sender.start()
         await Relay(database, sender, source, watermark_topic).run(poll_seconds=poll_seconds)

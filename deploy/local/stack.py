@@ -37,6 +37,8 @@ import redis
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
 
+from shared.kafka import Brokers
+
 REPOSITORY = Path(__file__).resolve().parents[2]
 KAFKA_POM = Path(__file__).with_name("kafka") / "pom.xml"
 
@@ -269,6 +271,10 @@ class Stack:
     @property
     def kafka_bootstrap(self) -> str:
         return f"127.0.0.1:{self._server('Kafka').port}"
+
+    @property
+    def brokers(self) -> Brokers:
+        return Brokers(self.kafka_bootstrap)
 
     @property
     def pids(self) -> dict[str, int]:

@@ -24,7 +24,9 @@ from typing import NamedTuple, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from deploy.local.certificates import Authority
 from deploy.local.stack import REPOSITORY, Leash, Say, Stack, StackError, Topic, free_port, tail
+from shared import tls
 
 
 class Service(NamedTuple):
@@ -53,6 +55,8 @@ TOPICS = (
     Topic("holdfast.analytics.verdicts.v1", partitions=1, compacted=True, days=8),
     Topic("holdfast.reservation.dlq"),
 )
+# What the client's certificate is for: every role of deploy/access.toml that is no service's.
+CLIENT_NAMES = ("shop", "warehouse", "analyst", "fraud-desk", "operator", "data-protection")
 SERVING_SECONDS_MAX = 60
 DRAIN_SECONDS_MAX = 15
 MIGRATION_SECONDS_MAX = 120
@@ -86,15 +90,30 @@ class Pod:
 
 
 class Supervisor:
-    """The pods of `services` on a stack that runs, each in `role`. `say` is called from several threads."""
+    """The pods of `services` on a stack that runs, each in `role`. `say` is called from several threads.
+
+    With an `authority` all speak TLS, by certificates that it issues; `tls_directory` has the one for clients.
+    """
 
     def __init__(
-        self, stack: Stack, *, services: Sequence[Service] = SERVICES, role: str = "all", say: Say = lambda _: None
+        self,
+        stack: Stack,
+        *,
+        services: Sequence[Service] = SERVICES,
+        role: str = "all",
+        authority: Authority | None = None,
+        say: Say = lambda _: None,
     ) -> None:
         self._stack = stack
         self._role = role
         self._services = services
         self._say = say
+        self._certificates: dict[str, Path] = {}
+        self.tls_directory = ""
+        if authority:
+            root = stack.root / "tls"
+            self._certificates = {one.name: authority.issue(root / one.name, one.name) for one in services}
+            self.tls_directory = str(authority.issue(root / "client", *CLIENT_NAMES))
         self._leash: Leash | None = None
         self._guard = threading.RLock()  # one change of a pod's process at a time
         self._stopping = threading.Event()
@@ -220,7 +239,7 @@ class Supervisor:
     def _bring_up(self, pod: Pod) -> None:
         began = time.monotonic()
         process = self._spawn(pod)
-        with grpc.insecure_channel(pod.address) as channel:
+        with self._channel(pod) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             serving = health_pb2.HealthCheckResponse.SERVING
             while True:
@@ -240,6 +259,11 @@ class Supervisor:
                     raise StackError(f"the start of {pod.name} was abandoned")
         pod.wanted = True
         self._say(f"{pod.name} serving on {pod.address} ({time.monotonic() - began:.1f} s)")
+
+    def _channel(self, pod: Pod) -> grpc.Channel:
+        if not self.tls_directory:
+            return grpc.insecure_channel(pod.address)
+        return grpc.secure_channel(pod.address, tls.channel_credentials(tls.watch(self.tls_directory).current()))
 
     def _spawn(self, pod: Pod) -> subprocess.Popen[bytes]:
         if self._leash is None:
@@ -271,9 +295,14 @@ class Supervisor:
     def environment(self, service: Service) -> dict[str, str]:
         """The environment every program of a service gets: this process's own, and where the stack is."""
         own = {"HOLDFAST_SUBJECT_KEYS": self._subject_keys()} if service.name == "reservation" else {}
+        secure = {}
+        if self._certificates:
+            directory, table = self._certificates[service.name], REPOSITORY / "deploy" / "access.toml"
+            secure = {"HOLDFAST_TLS_DIRECTORY": str(directory), "HOLDFAST_ACCESS_FILE": str(table)}
         return (
             own
             | os.environ
+            | secure
             | dict(service.settings)
             | {
                 "HOLDFAST_DATABASE_DSN": self._stack.postgres_dsn(service.database),
@@ -326,6 +355,7 @@ class Supervisor:
             "dsns": {service.name: self._stack.postgres_dsn(service.database) for service in self._services},
             "redis": self._stack.redis_url,
             "kafka": self._stack.kafka_bootstrap,
+            "tls_directory": self.tls_directory,
             "pids": {"supervisor": os.getpid()}
             | self._stack.pids
             | {pod.name: pod.pid for pod in self.pods if pod.running},
