@@ -26,8 +26,10 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
+from opentelemetry.trace import Span
+from prometheus_client import Counter
 
-from shared import reflection
+from shared import metrics, reflection, telemetry
 from shared.channel import KEEPALIVE_MS, MESSAGE_BYTES_MAX
 from shared.errors import DETAILS_KEY, ErrorMap
 from shared.refusal import Refusal
@@ -63,6 +65,7 @@ class Edge:
         self._waiting_streams: set[asyncio.Task[Any]] = set()
         self._last_call = 0.0
         self._stopping = False
+        metrics.CALLS_IN_FLIGHT.set_function(lambda: len(self._calls) + len(self._waiting_streams))
 
     async def drain(self, seconds_max: float) -> None:
         """Wait until no call comes any more and none is under way; end streams, and what takes too long."""
@@ -78,8 +81,9 @@ class Edge:
         for call in self._calls:
             call.cancel()
 
-    def wrap(self, handler: Any) -> Handler:
+    def wrap(self, method: str, handler: Any) -> Handler:
         """A method's handler with this edge around it."""
+        observed = _Observed(method.removeprefix("/"))
         codec = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
@@ -91,37 +95,43 @@ class Edge:
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            made = make(self._stream(handler.stream_stream or handler.unary_stream), **codec)
+            made = make(self._stream(handler.stream_stream or handler.unary_stream, observed), **codec)
             return made
         make = (
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
-        made = make(self._unary(handler.stream_unary or handler.unary_unary), **codec)
+        made = make(self._unary(handler.stream_unary or handler.unary_unary, observed), **codec)
         return made
 
-    def _unary(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Any:
+    def _unary(self, behaviour: Callable[[Any, Context], Awaitable[Any]], observed: "_Observed") -> Any:
         async def call(request: Any, context: Context) -> Any:
             task = _task()
             self._calls.add(task)
-            self._last_call = time.monotonic()
+            began = self._last_call = time.monotonic()
+            span = telemetry.serve(observed.method, context)
+            code = grpc.StatusCode.OK
             try:
                 self._go_on()
                 response = await behaviour(request, context)
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the one place that maps them all
+                code = self._code(error)
                 await self._abort(error, context)
             else:
                 context.set_trailing_metadata(self._pod)
                 return response
             finally:
                 self._calls.discard(task)
+                observed.answered(context, span, code.name, time.monotonic() - began)
 
         return call
 
-    def _stream(self, behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
+    def _stream(self, behaviour: Callable[[Any, Context], AsyncIterator[Any]], observed: "_Observed") -> Any:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             task = _task()
             self._waiting_streams.add(task)
-            self._last_call = time.monotonic()
+            began = self._last_call = time.monotonic()
+            span = telemetry.serve(observed.method, context)
+            code = grpc.StatusCode.OK
             try:
                 self._go_on()
                 async for response in behaviour(request, context):
@@ -130,17 +140,25 @@ class Edge:
                     self._waiting_streams.add(task)
                     self._go_on()
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
+                code = self._code(error)
                 await self._abort(error, context)
             else:
                 context.set_trailing_metadata(self._pod)
             finally:
                 self._waiting_streams.discard(task)
+                observed.answered(context, span, code.name, time.monotonic() - began)
 
         return call
 
     def _go_on(self) -> None:
         if self._stopping:
             raise _stopping()
+
+    def _code(self, error: BaseException) -> grpc.StatusCode:
+        """What `_abort` answers."""
+        if isinstance(error, asyncio.CancelledError):
+            return self._errors.code(_stopping()) if self._stopping else grpc.StatusCode.CANCELLED
+        return self._errors.code(error) if isinstance(error, Refusal) else grpc.StatusCode.INTERNAL
 
     async def _abort(self, error: BaseException, context: Context) -> None:
         if isinstance(error, grpc.aio.AbortError):
@@ -157,6 +175,22 @@ class Edge:
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; it is in the log of the pod", self._pod)
 
 
+class _Observed:
+    """What is seen of a method: how many calls, how they ended, how long they took, and a span of the traced ones."""
+
+    def __init__(self, method: str) -> None:
+        self.method = method
+        self._seconds = metrics.CALL_SECONDS.labels(method)
+        self._codes: dict[str, Counter] = {}
+
+    def answered(self, context: Context, span: Span | None, code: str, seconds: float) -> None:
+        if code not in self._codes:
+            self._codes[code] = metrics.CALLS.labels(self.method, code)
+        self._codes[code].inc()
+        self._seconds.observe(seconds)
+        telemetry.answered(self.method, context, span, code, seconds)
+
+
 class _Methods(grpc.GenericRpcHandler):  # type: ignore[type-arg] # not generic at run time
     """The methods of a service, each with the edge around it."""
 
@@ -171,7 +205,7 @@ class _Methods(grpc.GenericRpcHandler):  # type: ignore[type-arg] # not generic 
             handler = self._inner.service(handler_call_details)
             if handler is None:
                 return None
-            self._wrapped[method] = self._edge.wrap(handler)
+            self._wrapped[method] = self._edge.wrap(method, handler)
         return self._wrapped[method]
 
 
@@ -235,14 +269,16 @@ async def run(
     workers: Coroutine[Any, Any, None] | None,
 ) -> None:
     """Serve an API, with `workers` beside it, until SIGTERM or SIGINT."""
-    working = asyncio.create_task(workers) if workers else None
-    try:
-        await serve(*build(settings, errors, register, services), services, settings.drain_seconds_max)
-    finally:
-        if working:
-            working.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await working
+    with metrics.serve(settings.metrics_listen):
+        async with telemetry.exporting(settings, errors.domain.partition(".")[0]):
+            working = asyncio.create_task(workers) if workers else None
+            try:
+                await serve(*build(settings, errors, register, services), services, settings.drain_seconds_max)
+            finally:
+                if working:
+                    working.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await working
 
 
 async def serve(

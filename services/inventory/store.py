@@ -27,7 +27,7 @@ from services.inventory.domain import (
     ShortLine,
     Stock,
 )
-from shared import partitions
+from shared import partitions, telemetry
 from shared.database import Connection, Record, fetch
 
 COUNTERS = "on_hand, stock.held, safety_stock, backorder_limit, short, stock.version, stock.active"
@@ -429,9 +429,7 @@ def _stock(row: Record) -> Stock:
     return Stock(*tuple(row)[:9])
 
 
-async def place(
-    connection: Connection, holds: Sequence[HoldRequest], traceparent: str = ""
-) -> tuple[dict[Key, Stock], datetime]:
+async def place(connection: Connection, holds: Sequence[HoldRequest]) -> tuple[dict[Key, Stock], datetime]:
     """Place holds whose lines all name their location, and commit; the stock afterwards, and the time.
 
     Raises asyncpg.DivisionByZeroError where a key is short, UniqueViolationError where a hold is known.
@@ -459,7 +457,7 @@ async def place(
     ids, quantities, running_sums, slot_numbers, skus, locations, fingerprints, ttls = zip(*ordered, strict=True)
     rows = await connection.fetch(
         PLACE, *split(demand), ids, quantities, running_sums, skus, slot_numbers, locations, fingerprints, ttls,
-        traceparent,
+        telemetry.traceparent(),
     )  # fmt: skip
     return {(row["sku"], row["location"]): _stock(row) for row in rows}, rows[0]["time"]
 
@@ -467,7 +465,6 @@ async def place(
 async def change(
     connection: Connection,
     changes: Sequence[tuple[HoldChange, Sequence[tuple[HoldRow, int]], Sequence[Allocation], datetime]],
-    traceparent: str = "",
 ) -> tuple[dict[Key, Stock], datetime]:
     """Commit and release, and commit; answers as `place` does.
 
@@ -504,7 +501,7 @@ async def change(
         *split(row for key in sorted(moves) for row in moves[key]),
         *split((*slot, *slots[slot]) for slot in sorted(slots)),
         *split(_change_rows((change, allocations, until) for change, _, allocations, until in changes)),
-        traceparent,
+        telemetry.traceparent(),
     )
     return {(row["sku"], row["location"]): _stock(row) for row in rows}, rows[0]["time"]
 
@@ -721,9 +718,7 @@ async def insert_requests(connection: Connection, requests: Iterable[Request]) -
         await connection.execute(INSERT_REQUESTS, *split(rows))
 
 
-async def insert_movements(
-    connection: Connection, movements: Sequence[Movement], now: datetime, traceparent: str = ""
-) -> None:
+async def insert_movements(connection: Connection, movements: Sequence[Movement], now: datetime) -> None:
     """Write movements into the ledger, and tell the relay where they stand."""
     if not movements:
         return
@@ -735,7 +730,7 @@ async def insert_movements(
         )
         for m in movements
     )  # fmt: skip
-    await connection.execute(INSERT_MOVEMENTS, *columns, now, traceparent)
+    await connection.execute(INSERT_MOVEMENTS, *columns, now, telemetry.traceparent())
 
 
 async def unsent_movements(
