@@ -71,6 +71,8 @@ class Batcher(Generic[Item, Result]):
         self._items = metrics.BATCH_ITEMS.labels(self.name)
         self._waited = metrics.QUEUE_SECONDS.labels(self.name)
         self._seconds = metrics.BATCH_SECONDS.labels(self.name)
+        for reason in ("full", "slow", "late"):
+            metrics.SHEDS.labels(self.name, reason)  # a counter is at 0 before it is at 1
         metrics.QUEUE_ITEMS.labels(self.name).set_function(lambda: len(self._queue))
 
     async def submit(

@@ -350,6 +350,13 @@ BALANCE = _BALANCE.format(page="SELECT * FROM stock WHERE (sku, location) > ($1,
 BALANCE_OF = _BALANCE.format(
     page="SELECT stock.* FROM unnest($1::text[], $2::text[]) AS key (sku, location) JOIN stock USING (sku, location)"
 )
+# For whoever watches: how many holds are open, as far as it is worth counting, and how long the oldest expired one
+# waits to be given back.
+MEASURE_HOLDS = """
+SELECT (SELECT count(*) FROM (SELECT FROM hold WHERE held > 0 LIMIT 100000) AS counted) AS open,
+       coalesce(extract(epoch FROM clock_timestamp() - min(expires_at)), 0)::float8 AS overdue_seconds
+FROM hold WHERE held > 0 AND expires_at <= now()
+"""
 LOCK_SKU = "UPDATE sku SET version = version WHERE sku = $1 RETURNING *"
 LOCK_LOCATION = "UPDATE location SET version = version WHERE location = $1 RETURNING *"
 INSERT_SKUS = """
@@ -794,6 +801,13 @@ async def balance_of(connection: Connection, keys: Iterable[Key]) -> list[Drift]
     """The drift of keys, which the caller has locked."""
     rows = await connection.fetch(BALANCE_OF, *split(sorted(keys)))
     return [drift(row) for row in rows if row["drifted"]]
+
+
+async def measure_holds(connection: Connection) -> tuple[int, float]:
+    """How many rows of holds are open, and for how many seconds the oldest expired one has waited."""
+    row = await connection.fetchrow(MEASURE_HOLDS)
+    assert row is not None
+    return row["open"], row["overdue_seconds"]
 
 
 async def make_partitions(connection: Connection, today: datetime, months_ahead: int) -> None:
