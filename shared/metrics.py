@@ -12,7 +12,7 @@ from threading import Thread
 
 from prometheus_client import Counter, Gauge, Histogram, disable_created_metrics, start_http_server
 
-disable_created_metrics()  # a second series for each, of which nobody asks
+disable_created_metrics()  # type: ignore[no-untyped-call] # a second series for each, of which nobody asks
 
 CALL_BUCKETS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.2, 0.35, 0.5, 1, 2.5, 5, 15)
 WORK_BUCKETS = (0.0005, 0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10)
@@ -21,6 +21,11 @@ DELAY_BUCKETS = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300)
 
 # -- calls
 CALLS = Counter("holdfast_calls", "Calls answered, by method and status code.", ["method", "code"])
+CALLS_FAILED = Counter(
+    "holdfast_calls_failed",
+    "Calls that failed by our fault: INTERNAL, UNAVAILABLE, DEADLINE_EXCEEDED, or refused as too many came.",
+    ["method"],
+)
 CALL_SECONDS = Histogram(
     "holdfast_call_seconds", "From the arrival of a call to its answer; of a stream, to its end.", ["method"],
     buckets=CALL_BUCKETS,

@@ -26,12 +26,11 @@ import structlog
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
-from opentelemetry.trace import Span
-from prometheus_client import Counter
 
 from shared import metrics, reflection, telemetry
 from shared.channel import KEEPALIVE_MS, MESSAGE_BYTES_MAX
 from shared.errors import DETAILS_KEY, ErrorMap
+from shared.observed import Method
 from shared.refusal import Refusal
 from shared.settings import Settings
 
@@ -83,7 +82,7 @@ class Edge:
 
     def wrap(self, method: str, handler: Any) -> Handler:
         """A method's handler with this edge around it."""
-        observed = _Observed(method.removeprefix("/"))
+        observed = Method(method.removeprefix("/"), self._errors)
         codec = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
@@ -103,35 +102,33 @@ class Edge:
         made = make(self._unary(handler.stream_unary or handler.unary_unary, observed), **codec)
         return made
 
-    def _unary(self, behaviour: Callable[[Any, Context], Awaitable[Any]], observed: "_Observed") -> Any:
+    def _unary(self, behaviour: Callable[[Any, Context], Awaitable[Any]], observed: Method) -> Any:
         async def call(request: Any, context: Context) -> Any:
             task = _task()
             self._calls.add(task)
-            began = self._last_call = time.monotonic()
-            span = telemetry.serve(observed.method, context)
-            code = grpc.StatusCode.OK
+            self._last_call = time.monotonic()
+            seen = observed.begin(context)
             try:
                 self._go_on()
                 response = await behaviour(request, context)
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the one place that maps them all
-                code = self._code(error)
+                seen.ends_with(self._told(error))
                 await self._abort(error, context)
             else:
                 context.set_trailing_metadata(self._pod)
                 return response
             finally:
                 self._calls.discard(task)
-                observed.answered(context, span, code.name, time.monotonic() - began)
+                seen.end()
 
         return call
 
-    def _stream(self, behaviour: Callable[[Any, Context], AsyncIterator[Any]], observed: "_Observed") -> Any:
+    def _stream(self, behaviour: Callable[[Any, Context], AsyncIterator[Any]], observed: Method) -> Any:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             task = _task()
             self._waiting_streams.add(task)
-            began = self._last_call = time.monotonic()
-            span = telemetry.serve(observed.method, context)
-            code = grpc.StatusCode.OK
+            self._last_call = time.monotonic()
+            seen = observed.begin(context)
             try:
                 self._go_on()
                 async for response in behaviour(request, context):
@@ -140,13 +137,13 @@ class Edge:
                     self._waiting_streams.add(task)
                     self._go_on()
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
-                code = self._code(error)
+                seen.ends_with(self._told(error))
                 await self._abort(error, context)
             else:
                 context.set_trailing_metadata(self._pod)
             finally:
                 self._waiting_streams.discard(task)
-                observed.answered(context, span, code.name, time.monotonic() - began)
+                seen.end()
 
         return call
 
@@ -154,11 +151,9 @@ class Edge:
         if self._stopping:
             raise _stopping()
 
-    def _code(self, error: BaseException) -> grpc.StatusCode:
-        """What `_abort` answers."""
-        if isinstance(error, asyncio.CancelledError):
-            return self._errors.code(_stopping()) if self._stopping else grpc.StatusCode.CANCELLED
-        return self._errors.code(error) if isinstance(error, Refusal) else grpc.StatusCode.INTERNAL
+    def _told(self, error: BaseException) -> BaseException:
+        """What the caller is told of an error: a call that stopping has cancelled is refused."""
+        return _stopping() if self._stopping and isinstance(error, asyncio.CancelledError) else error
 
     async def _abort(self, error: BaseException, context: Context) -> None:
         if isinstance(error, grpc.aio.AbortError):
@@ -173,22 +168,6 @@ class Edge:
             await context.abort(self._errors.code(error), error.message, details)
         log.error("call failed", error=type(error).__name__, exc_info=error)
         await context.abort(grpc.StatusCode.INTERNAL, "internal error; it is in the log of the pod", self._pod)
-
-
-class _Observed:
-    """What is seen of a method: how many calls, how they ended, how long they took, and a span of the traced ones."""
-
-    def __init__(self, method: str) -> None:
-        self.method = method
-        self._seconds = metrics.CALL_SECONDS.labels(method)
-        self._codes: dict[str, Counter] = {}
-
-    def answered(self, context: Context, span: Span | None, code: str, seconds: float) -> None:
-        if code not in self._codes:
-            self._codes[code] = metrics.CALLS.labels(self.method, code)
-        self._codes[code].inc()
-        self._seconds.observe(seconds)
-        telemetry.answered(self.method, context, span, code, seconds)
 
 
 class _Methods(grpc.GenericRpcHandler):  # type: ignore[type-arg] # not generic at run time
