@@ -97,6 +97,13 @@ class Settings(KafkaSettings, DatabaseSettings):
     caller_in_flight_calls_max: int = Field(default=0, ge=0, description="For one caller on a pod; 0: no limit.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
+    metrics_listen: str = Field(default="", description="Address of /metrics, as host:port; empty: nowhere.")
+    otlp_endpoint: str = Field(
+        default="", description="Collector of traces, OTLP over gRPC, as http(s)://host:port; empty: nothing is traced."
+    )
+    trace_sample_ratio: float = Field(
+        default=0.01, ge=0, le=1, description="Of the calls whose callers have not decided, those that are traced."
+    )
 
     database_connections_max: int = Field(default=10, ge=2, le=200)
     database_timeout_seconds: float = Field(default=10, gt=0, description="For one statement.")

@@ -36,7 +36,7 @@ from services.analytics.judge import Case, Finding, Judge, Policy, Signal, Usage
 from services.analytics.projection import leave, one_by_one, parse, place_of
 from services.analytics.settings import Settings
 from services.analytics.store import Place
-from shared import outbox, partitions
+from shared import metrics, outbox, partitions, telemetry
 from shared.consumer import Batch, Bury, Busy, Elsewhere
 from shared.database import Connection, Database, Record
 from shared.outbox import Event
@@ -124,6 +124,7 @@ class Engine:
         await cases.write_signals(connection, last, signals)
         await cases.delete_returned(connection, goods)
         self._seq = last + len(signals)
+        metrics.FRAUD_SIGNALS.inc(len(signals))
         verdicts = [_usage(usage) for usage in usages.values()]
         if findings:
             verdicts += await self._open_cases(connection, findings)
@@ -142,6 +143,7 @@ class Engine:
         blocked = await cases.blocked(connection, subjects)
         before = {one.case_id for one in known.values()}
         grown: dict[str, Case] = {}
+        causes: dict[str, str] = {}
         blocks = []
         for finding in findings:
             place = (finding.subject, finding.shadow)
@@ -149,6 +151,7 @@ class Engine:
                 continue
             case, is_blocked = grow(known.get(place), finding, self._policy)
             known[place] = grown[case.case_id] = case
+            causes.setdefault(case.case_id, telemetry.traceparent_of(finding.reservation_id))
             until = case.blocked_until or finding.at
             if is_blocked and until > blocked.get(case.subject, (0, 0))[1]:
                 blocked[case.subject] = (finding.at, until)
@@ -157,8 +160,11 @@ class Engine:
         if grown:
             await cases.write_cases(connection, list(grown.values()), opened)
         for case in opened:
-            if not case.shadow:
-                await alerts.fraud_case_opened(connection, case.case_id, _details(case))
+            metrics.FRAUD_CASES.labels("SHADOW" if case.shadow else case.decision).inc()
+            with telemetry.following("decide case", causes[case.case_id], attributes=_told(case)) as span:
+                if not case.shadow:
+                    trace = telemetry.written(span) if span else ""
+                    await alerts.fraud_case_opened(connection, case.case_id, _details(case), trace)
             log.info("case opened", case=case.case_id, decision=case.decision, score=case.score, shadow=case.shadow)
         return blocks
 
@@ -328,6 +334,15 @@ def release(case_id: str, reservation_ids: Sequence[str]) -> Event:
     """The verdict that reservations are to be cancelled."""
     told = events_pb2.Release(case_id=case_id, reservation_ids=reservation_ids)
     return _verdict(f"release/{case_id}", events_pb2.Verdict(release=told))
+
+
+def _told(case: Case) -> telemetry.Attributes:
+    return {
+        "holdfast.fraud.decision": case.decision,
+        "holdfast.fraud.score": case.score,
+        "holdfast.fraud.rules": len(case.rules),
+        "holdfast.fraud.shadow": case.shadow,
+    }
 
 
 def _details(case: Case) -> dict[str, str]:
