@@ -54,7 +54,7 @@ async def shop(endpoint: str, ratio: float = 0.0) -> AsyncIterator[Any]:
     def register(target: Any) -> None:
         inventory_pb2_grpc.add_InventoryServiceServicer_to_server(Shop(), target)  # type: ignore[abstract] # one call
 
-    running, _, _ = server.build(settings, ERRORS, register, [])
+    (running, *_), _, _ = server.build(settings, ERRORS, register, [])
     port = running.add_insecure_port("127.0.0.1:0")
     async with telemetry.exporting(settings, "shop"):
         await running.start()
