@@ -29,13 +29,16 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import asyncpg
 import psutil
 import redis
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+from shared import topics
+from shared.topics import Topic
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KAFKA_POM = Path(__file__).with_name("kafka") / "pom.xml"
@@ -69,30 +72,6 @@ class AlreadyRunning(StackError):
 
 class _Died(StackError):
     """A server ended by itself while starting, on every attempt."""
-
-
-class Topic(NamedTuple):
-    """A Kafka topic, kept for a week as is Kafka's default, for `days`, or for ever: whole, or compacted.
-
-    One that is compacted keeps the last value of each key; for `days`, if these are given.
-    """
-
-    name: str
-    partitions: int = 4
-    compacted: bool = False
-    forever: bool = False
-    days: int = 0
-
-    @property
-    def configuration(self) -> dict[str, str]:
-        """What the broker is told. What is compacted and dropped is so within the hour: readers begin at its start."""
-        if self.compacted and self.days:
-            hour = {"segment.ms": "3600000", "min.cleanable.dirty.ratio": "0.1"}
-            return {"cleanup.policy": "compact,delete", "retention.ms": str(self.days * 86_400_000)} | hour
-        if self.compacted:
-            return {"cleanup.policy": "compact"}
-        kept = -1 if self.forever else self.days * 86_400_000
-        return {"cleanup.policy": "delete"} | ({"retention.ms": str(kept)} if kept else {})
 
 
 def free_port() -> int:
@@ -304,37 +283,12 @@ class Stack:
 
         _run(drop())
 
-    def create_topics(self, *topics: Topic) -> None:
+    def create_topics(self, *wanted: Topic) -> None:
         """Create the topics that do not exist yet, and wait until each can be written; the others stay as they are."""
-
-        async def create() -> None:
-            admin = AIOKafkaAdminClient(bootstrap_servers=self.kafka_bootstrap)
-            await admin.start()
-            try:
-                answer = await admin.create_topics(
-                    [
-                        NewTopic(
-                            name=topic.name,
-                            num_partitions=topic.partitions,
-                            replication_factor=1,
-                            topic_configs=topic.configuration,
-                        )
-                        for topic in topics
-                    ]
-                )
-                for name, code, *detail in answer.topic_errors:
-                    if code and for_code(code) is not TopicAlreadyExistsError:
-                        raise StackError(f"Kafka did not create the topic {name}: {detail}")
-                async with asyncio.timeout(START_SECONDS_MAX):
-                    while not all(
-                        topic["partitions"] and all(part["leader"] >= 0 for part in topic["partitions"])
-                        for topic in await admin.describe_topics([topic.name for topic in topics])
-                    ):
-                        await asyncio.sleep(0.05)
-            finally:
-                await admin.close()
-
-        _run(create())
+        try:
+            _run(topics.create(self.kafka_bootstrap, wanted))
+        except (KafkaError, TimeoutError) as error:
+            raise StackError(f"Kafka did not create the topics: {error}") from error
 
     # -- starting -----------------------------------------------------------------------------------------------
 

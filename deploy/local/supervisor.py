@@ -24,7 +24,8 @@ from typing import NamedTuple, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
-from deploy.local.stack import REPOSITORY, Leash, Say, Stack, StackError, Topic, free_port, tail
+from deploy.local.stack import REPOSITORY, Leash, Say, Stack, StackError, free_port, tail
+from shared.topics import TOPICS
 
 
 class Service(NamedTuple):
@@ -42,16 +43,6 @@ SERVICES = (
     Service("inventory", "inventory", "services.inventory"),
     Service("reservation", "reservation", "services.reservation", calls=("inventory",)),
     Service("analytics", "analytics", "services.analytics"),
-)
-TOPICS = (
-    Topic("holdfast.inventory.movements.v1", forever=True),
-    Topic("holdfast.inventory.catalog.v1", compacted=True),
-    Topic("holdfast.reservation.changes.v1", forever=True),
-    Topic("holdfast.inventory.commands.v1"),
-    Topic("holdfast.inventory.commands.v1.dlq"),
-    Topic("holdfast.analytics.dlq"),
-    Topic("holdfast.analytics.verdicts.v1", partitions=1, compacted=True, days=8),
-    Topic("holdfast.reservation.dlq"),
 )
 SERVING_SECONDS_MAX = 60
 DRAIN_SECONDS_MAX = 15
