@@ -227,6 +227,17 @@ def build(
     return server, edge, checks
 
 
+async def _serve_probes(settings: Settings, checks: HealthServicer) -> Server | None:
+    """Health on a port of its own: a kubelet's probe speaks neither TLS nor tokens."""
+    if not settings.probe_listen:
+        return None
+    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
+    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
+    server.add_insecure_port(settings.probe_listen)
+    await server.start()
+    return server
+
+
 async def run(
     settings: Settings,
     errors: ErrorMap,
@@ -236,9 +247,14 @@ async def run(
 ) -> None:
     """Serve an API, with `workers` beside it, until SIGTERM or SIGINT."""
     working = asyncio.create_task(workers) if workers else None
+    probes = None
     try:
-        await serve(*build(settings, errors, register, services), services, settings.drain_seconds_max)
+        server, edge, checks = build(settings, errors, register, services)
+        probes = await _serve_probes(settings, checks)
+        await serve(server, edge, checks, services, settings.drain_seconds_max)
     finally:
+        if probes:
+            await probes.stop(None)
         if working:
             working.cancel()
             with contextlib.suppress(asyncio.CancelledError):

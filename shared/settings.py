@@ -13,6 +13,9 @@ class Settings(BaseSettings):
 
     pod: str = Field(default="local", description="The pod's name, in logs and in every answer's metadata.")
     listen: str = Field(default="127.0.0.1:50051", description="Address that the gRPC server binds.")
+    probe_listen: str = Field(
+        default="", description="Address that serves health alone, without TLS, for probes; empty: none."
+    )
     database_dsn: str = Field(repr=False, description="PostgreSQL, as postgresql://user@host:port/database.")
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", repr=False, description="Redis.")
     kafka_bootstrap: str = Field(default="127.0.0.1:9092", description="Kafka brokers, host:port, by comma.")
