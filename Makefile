@@ -14,7 +14,7 @@ REPLAY := $(if $(ORDERS),--orders '$(ORDERS)') $(if $(LIMIT),--limit $(LIMIT)) \
           --concurrency $(CONCURRENCY) --opening-stock $(OPENING_STOCK)
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo up down test lint format bench bench-quick gen clean
+.PHONY: help run demo up down test k8s-check k8s-test lint format bench bench-quick gen clean
 
 help: ## Show this list
 	@printf 'Holdfast keeps stock right under load.\n\n'
@@ -36,6 +36,11 @@ down: ## Stop what `make up` started
 
 test: gen ## Run all tests on real PostgreSQL, Redis and Kafka
 	@$(BIN)/python -m pytest $(ARGS)
+
+k8s-check: gen ## Build every overlay for Kubernetes and check what is in it (needs kubectl or kustomize)
+	@command -v kubectl >/dev/null || command -v kustomize >/dev/null || \
+	  { echo 'make k8s-check needs kubectl 1.27 or newer, or kustomize 5: https://kubernetes.io/docs/tasks/tools'; exit 1; }
+	@$(BIN)/python -m pytest tests/k8s $(ARGS)
 
 lint: gen ## Check style, types, imports and contracts
 	$(BIN)/ruff check .
