@@ -77,11 +77,22 @@ class Pod:
 
 
 class Supervisor:
-    """The pods of `services` on a stack that runs, each in `role`. `say` is called from several threads."""
+    """The pods of `services` on a stack that runs, each in `role`. `say` is called from several threads.
+
+    `code` is the checkout that a pod runs when it is started next; another one has its own `.venv`. So a release and
+    the one before it are run together.
+    """
 
     def __init__(
-        self, stack: Stack, *, services: Sequence[Service] = SERVICES, role: str = "all", say: Say = lambda _: None
+        self,
+        stack: Stack,
+        *,
+        services: Sequence[Service] = SERVICES,
+        role: str = "all",
+        code: Path = REPOSITORY,
+        say: Say = lambda _: None,
     ) -> None:
+        self.code = code
         self._stack = stack
         self._role = role
         self._services = services
@@ -236,9 +247,9 @@ class Supervisor:
         if self._leash is None:
             raise StackError("the supervisor is not started")
         pod.process = self._leash.spawn(
-            [sys.executable, "-m", pod.service.module, "--role", self._role],
+            [self._python, "-m", pod.service.module, "--role", self._role],
             log=pod.log,
-            cwd=REPOSITORY,
+            cwd=self.code,
             env=self.environment(pod.service)
             | {"HOLDFAST_LISTEN": pod.address, "HOLDFAST_POD": pod.name}
             | {f"HOLDFAST_{name.upper()}_TARGET": self.targets[name] for name in pod.service.calls},
@@ -277,6 +288,10 @@ class Supervisor:
             }
         )
 
+    @property
+    def _python(self) -> str:
+        return sys.executable if self.code == REPOSITORY else str(self.code / ".venv" / "bin" / "python")
+
     def _subject_keys(self) -> str:
         """The key of reservation's hashes, made at the first start on this root and kept with its data."""
         file = self._stack.root / "subject.keys"
@@ -294,9 +309,9 @@ class Supervisor:
         log.unlink(missing_ok=True)
         began = time.monotonic()
         process = self._leash.spawn(
-            [sys.executable, "-m", "shared.migrate", service.name, "--phase", "all"],
+            [self._python, "-m", "shared.migrate", service.name, "--phase", "all"],
             log=log,
-            cwd=REPOSITORY,
+            cwd=self.code,
             env=self.environment(service),
         )
         while process.poll() is None:

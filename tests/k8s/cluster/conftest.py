@@ -105,9 +105,11 @@ class Shopping:
 
     def stop(self) -> dict[str, Any]:
         """All of it together."""
-        rest, said = self._process.communicate("", timeout=60)
-        assert self._process.returncode == 0, said
-        self._lines += map(json.loads, rest.splitlines())
+        assert self._process.stdin
+        assert self._process.stdout
+        self._process.stdin.close()
+        self._lines += map(json.loads, self._process.stdout)
+        assert self._process.wait(60) == 0
         answers: dict[str, int] = {}
         for line in self._lines:
             for pod, count in line["pods"].items():

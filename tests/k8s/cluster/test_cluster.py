@@ -94,7 +94,7 @@ def test_everything_rolls_out_once_migrated() -> None:
             assert ready(pod)
             (status,) = pod["status"]["containerStatuses"]
             assert status["started"]
-            assert status["restartCount"] == 0
+            assert status["restartCount"] == 0, status
             served_at = next(one for one in pod["status"]["conditions"] if one["type"] == "Ready")["lastTransitionTime"]
             assert datetime.fromisoformat(served_at) >= datetime.fromisoformat(done[service]["finishedAt"])
 
