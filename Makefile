@@ -14,7 +14,7 @@ REPLAY := $(if $(ORDERS),--orders '$(ORDERS)') $(if $(LIMIT),--limit $(LIMIT)) \
           --concurrency $(CONCURRENCY) --opening-stock $(OPENING_STOCK)
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo up down test lint format bench bench-quick gen clean
+.PHONY: help run demo up down test upgrade-test k8s-check k8s-test lint format bench bench-quick gen clean
 
 help: ## Show this list
 	@printf 'Holdfast keeps stock right under load.\n\n'
@@ -36,6 +36,24 @@ down: ## Stop what `make up` started
 
 test: gen ## Run all tests on real PostgreSQL, Redis and Kafka
 	@$(BIN)/python -m pytest $(ARGS)
+
+upgrade-test: gen ## Run the release before (BASE=TAG) and this one on one database, each way
+	@test -n '$(BASE)' || { echo 'make upgrade-test needs BASE=TAG, the release before'; exit 1; }
+	@git worktree remove --force .local/base 2>/dev/null || true
+	@mkdir -p .local && git worktree add --quiet --force --detach .local/base $(BASE)
+	@$(MAKE) --no-print-directory -C .local/base gen
+	@HOLDFAST_BASE=.local/base $(BIN)/python -m pytest tests/e2e/test_upgrade.py $(ARGS); \
+	  status=$$?; git worktree remove --force .local/base; exit $$status
+
+k8s-check: gen ## Build every overlay for Kubernetes and check what is in it (needs kubectl or kustomize)
+	@command -v kubectl >/dev/null || command -v kustomize >/dev/null || \
+	  { echo 'make k8s-check needs kubectl 1.27 or newer, or kustomize 5: https://kubernetes.io/docs/tasks/tools'; exit 1; }
+	@$(BIN)/python -m pytest tests/k8s --ignore tests/k8s/cluster $(ARGS)
+
+k8s-test: gen ## Deploy to the cluster of KUBECONFIG, from HOLDFAST_IMAGE, which its nodes have, and try it
+	@test -n '$(KUBECONFIG)' -a -n '$(HOLDFAST_IMAGE)' || \
+	  { echo 'make k8s-test needs KUBECONFIG and HOLDFAST_IMAGE=NAME:TAG (docs/kubernetes.md, Trying it)'; exit 1; }
+	@$(BIN)/python -m pytest tests/k8s/cluster -s -v $(ARGS)
 
 lint: gen ## Check style, types, imports and contracts
 	$(BIN)/ruff check .

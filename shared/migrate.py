@@ -1,12 +1,18 @@
-"""`python -m shared.migrate SERVICE [--phase pre|post|all]`: bring a service's database up to date.
+"""`python -m shared.migrate SERVICE [--phase pre|post|all] [--wait]`: bring a service's database up to date.
 
 Migrations stand in `services/SERVICE/migrations/pre` (what must be there before the new code runs, and
 does not disturb the old) and `.../post` (what may go once no old code is left). Each phase has its own
 chain and version table, so either can be run again at any time; an advisory lock lets one run at a time.
+
+`--wait` migrates nothing and ends once the database has what this code needs, which is what a pod does before it
+serves. A database that is ahead, because a newer release has migrated it, has that: pods of the release before may
+start again, and its migrations change nothing.
 """
 
 import argparse
 import asyncio
+import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -14,24 +20,49 @@ import asyncpg
 import sqlalchemy
 from alembic import command
 from alembic.config import Config
-from sqlalchemy.ext.asyncio import create_async_engine
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from shared.settings import DatabaseSettings, load
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("pre", "post")
 LOCK = 0x686F6C64  # "hold"
+WAIT_SECONDS_MAX = 300
+POLL_SECONDS = 0.5
+CONNECT_SECONDS_MAX = 5
 
 
 def upgrade(connection: sqlalchemy.Connection, service: str, phase: str) -> None:
     """Run what is missing of one phase on an open connection, in its transaction."""
+    if reached(connection, service, phase):
+        return
+    config = _config(service, phase)
+    config.attributes["connection"] = connection
+    config.attributes["version_table"] = _version_table(phase)
+    command.upgrade(config, "head")
+
+
+def reached(connection: sqlalchemy.Connection, service: str, phase: str) -> bool:
+    """Whether the database is where this code's migrations of a phase end, or ahead of it."""
+    script = ScriptDirectory.from_config(_config(service, phase))
+    context = MigrationContext.configure(connection, opts={"version_table": _version_table(phase)})
+    version = context.get_current_revision()
+    known = {revision.revision for revision in script.walk_revisions()}
+    return version is not None and (version == script.get_current_head() or version not in known)
+
+
+def _version_table(phase: str) -> str:
+    return f"migration_{phase}"
+
+
+def _config(service: str, phase: str) -> Config:
     config = Config()
     config.set_main_option("script_location", str(ROOT / "shared" / "migrations"))
     config.set_main_option("path_separator", "os")
     config.set_main_option("version_locations", str(ROOT / "services" / service / "migrations" / phase))
-    config.attributes["connection"] = connection
-    config.attributes["version_table"] = f"migration_{phase}"
-    command.upgrade(config, "head")
+    return config
 
 
 async def migrate(dsn: str, service: str, phases: Sequence[str] = PHASES, schema: str = "public") -> None:
@@ -49,14 +80,46 @@ async def migrate(dsn: str, service: str, phases: Sequence[str] = PHASES, schema
         await engine.dispose()
 
 
+async def wait(dsn: str, service: str, phases: Sequence[str], seconds_max: float = WAIT_SECONDS_MAX) -> None:
+    """Return once the phases are in the database, which may not answer yet. Raises TimeoutError."""
+    engine = create_async_engine(
+        dsn.replace("postgresql://", "postgresql+asyncpg://", 1), connect_args={"timeout": CONNECT_SECONDS_MAX}
+    )
+    deadline = time.monotonic() + seconds_max
+    try:
+        for phase in phases:
+            while not await _reached(engine, service, phase):
+                if time.monotonic() > deadline:
+                    raise TimeoutError(f"the {phase} migrations of {service} did not come within {seconds_max:.0f} s")
+                await asyncio.sleep(POLL_SECONDS)
+    finally:
+        await engine.dispose()
+
+
+async def _reached(engine: AsyncEngine, service: str, phase: str) -> bool:
+    try:
+        async with engine.connect() as connection:
+            return await connection.run_sync(reached, service, phase)
+    except (OSError, TimeoutError, sqlalchemy.exc.DBAPIError, asyncpg.PostgresError):
+        return False
+
+
 def main() -> None:
     services = sorted(path.parent.name for path in ROOT.glob("services/*/migrations"))
     parser = argparse.ArgumentParser(prog="python -m shared.migrate", description="Migrate a service's database.")
     parser.add_argument("service", choices=services)
     parser.add_argument("--phase", choices=(*PHASES, "all"), default="all")
+    parser.add_argument("--wait", action="store_true", help="until someone else has migrated it")
     arguments = parser.parse_args()
     dsn = load(DatabaseSettings).database_dsn
-    asyncio.run(migrate(dsn, arguments.service, PHASES if arguments.phase == "all" else [arguments.phase]))
+    phases = PHASES if arguments.phase == "all" else [arguments.phase]
+    if not arguments.wait:
+        asyncio.run(migrate(dsn, arguments.service, phases))
+        return
+    try:
+        asyncio.run(wait(dsn, arguments.service, phases))
+    except TimeoutError as late:
+        sys.exit(str(late))
 
 
 if __name__ == "__main__":

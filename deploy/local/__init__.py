@@ -1,9 +1,10 @@
 """The embedded stack: real PostgreSQL, Redis and Kafka, and the pods, on one machine without containers.
 
 Promises:
-1. Nothing listens outside 127.0.0.1, and nothing is written outside the root directory (`.local/`) but two things:
-   Kafka's jars, kept in the repository's `.local/kafka`, and, only when root's files cannot be reached by an
-   unprivileged user, PostgreSQL's data, in a directory of its own under /var/tmp named in `<root>/postgres.home`.
+1. Nothing listens outside 127.0.0.1 (a test may give another `host`), and nothing is written outside the root
+   directory (`.local/`) but two things: Kafka's jars, kept in the repository's `.local/kafka`, and, only when root's
+   files cannot be reached by an unprivileged user, PostgreSQL's data, in a directory of its own under /var/tmp named
+   in `<root>/postgres.home`.
 2. What this package starts never outlives its owner. stop() ends it in order; if the owner dies in any other way,
    SIGKILL included, Linux signals every child (PR_SET_PDEATHSIG) and none is left.
 3. Whatever a killed run left behind starts again: PostgreSQL recovers from its log with fsync on, Kafka rebuilds its

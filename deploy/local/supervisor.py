@@ -25,8 +25,9 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.local.certificates import Authority
-from deploy.local.stack import REPOSITORY, Leash, Say, Stack, StackError, Topic, free_port, tail
+from deploy.local.stack import REPOSITORY, Leash, Say, Stack, StackError, free_port, tail
 from shared import tls
+from shared.topics import TOPICS
 
 
 class Service(NamedTuple):
@@ -44,16 +45,6 @@ SERVICES = (
     Service("inventory", "inventory", "services.inventory"),
     Service("reservation", "reservation", "services.reservation", calls=("inventory",)),
     Service("analytics", "analytics", "services.analytics"),
-)
-TOPICS = (
-    Topic("holdfast.inventory.movements.v1", forever=True),
-    Topic("holdfast.inventory.catalog.v1", compacted=True),
-    Topic("holdfast.reservation.changes.v1", forever=True),
-    Topic("holdfast.inventory.commands.v1"),
-    Topic("holdfast.inventory.commands.v1.dlq"),
-    Topic("holdfast.analytics.dlq"),
-    Topic("holdfast.analytics.verdicts.v1", partitions=1, compacted=True, days=8),
-    Topic("holdfast.reservation.dlq"),
 )
 # What the client's certificate is for: every role of deploy/access.toml that is no service's.
 CLIENT_NAMES = ("shop", "warehouse", "analyst", "fraud-desk", "operator", "data-protection")
@@ -98,6 +89,8 @@ class Supervisor:
     """The pods of `services` on a stack that runs, each in `role`. `say` is called from several threads.
 
     With an `authority` all speak TLS, by certificates that it issues; `tls_directory` has the one for clients.
+    `code` is the checkout that a pod runs when it is started next; another one has its own `.venv`. So a release and
+    the one before it are run together.
     """
 
     def __init__(
@@ -107,8 +100,10 @@ class Supervisor:
         services: Sequence[Service] = SERVICES,
         role: str = "all",
         authority: Authority | None = None,
+        code: Path = REPOSITORY,
         say: Say = lambda _: None,
     ) -> None:
+        self.code = code
         self._stack = stack
         self._role = role
         self._services = services
@@ -274,9 +269,9 @@ class Supervisor:
         if self._leash is None:
             raise StackError("the supervisor is not started")
         pod.process = self._leash.spawn(
-            [sys.executable, "-m", pod.service.module, "--role", self._role],
+            [self._python, "-m", pod.service.module, "--role", self._role],
             log=pod.log,
-            cwd=REPOSITORY,
+            cwd=self.code,
             env=self.environment(pod.service)
             | {
                 "HOLDFAST_LISTEN": pod.address,
@@ -324,6 +319,10 @@ class Supervisor:
             }
         )
 
+    @property
+    def _python(self) -> str:
+        return sys.executable if self.code == REPOSITORY else str(self.code / ".venv" / "bin" / "python")
+
     def _subject_keys(self) -> str:
         """The key of reservation's hashes, made at the first start on this root and kept with its data."""
         file = self._stack.root / "subject.keys"
@@ -341,9 +340,9 @@ class Supervisor:
         log.unlink(missing_ok=True)
         began = time.monotonic()
         process = self._leash.spawn(
-            [sys.executable, "-m", "shared.migrate", service.name, "--phase", "all"],
+            [self._python, "-m", "shared.migrate", service.name, "--phase", "all"],
             log=log,
-            cwd=REPOSITORY,
+            cwd=self.code,
             env=self.environment(service),
         )
         while process.poll() is None:

@@ -15,8 +15,9 @@ import pytest
 import redis
 from aiokafka.admin import AIOKafkaAdminClient
 
-from deploy.local.stack import REPOSITORY, AlreadyRunning, Missing, Stack, StackError, Topic
+from deploy.local.stack import REPOSITORY, AlreadyRunning, Missing, Stack, StackError
 from deploy.local.supervisor import SERVICES, Supervisor
+from shared.topics import Topic
 
 pytestmark = pytest.mark.timeout(180)
 

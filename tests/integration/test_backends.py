@@ -144,9 +144,9 @@ def secured_kafka(authority: Authority, tmp_path_factory: pytest.TempPathFactory
     plain = stacks._kafka_properties
     secured_port = free_port()
 
-    def properties(data: Path, port: int, controller_port: int) -> str:
+    def properties(data: Path, host: str, port: int, controller_port: int) -> str:
         secured = f"SECURED://127.0.0.1:{secured_port}"
-        lines = plain(data, port, controller_port).splitlines()
+        lines = plain(data, host, port, controller_port).splitlines()
         for number, line in enumerate(lines):
             if line.startswith(("listeners=", "advertised.listeners=")):
                 lines[number] += f",{secured}"

@@ -16,7 +16,7 @@ from holdfast.analytics.v1 import events_pb2 as ep
 from holdfast.analytics.v1 import fraud_pb2 as fp
 from holdfast.reservation.v1 import reservation_pb2 as rp
 
-from deploy.local.stack import Stack, Topic, free_port
+from deploy.local.stack import Stack, free_port
 from deploy.local.supervisor import Pod, Supervisor
 from services.reservation import codec
 from services.reservation import commands as module
@@ -34,6 +34,7 @@ from shared.database import Database
 from shared.kafka import Brokers
 from shared.outbox import producer
 from shared.refusal import Refusal
+from shared.topics import Topic
 from shared.wire import timestamp
 from tests.e2e.shop import goods, new, stock
 

@@ -9,13 +9,14 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from holdfast.inventory.v1 import events_pb2
 from holdfast.inventory.v1 import inventory_pb2 as ip
 
-from deploy.local.stack import Stack, Topic
+from deploy.local.stack import Stack
 from services.inventory import codec
 from services.inventory.commands import Commands
 from services.inventory.workers import MOVEMENTS, obey
 from shared.consumer import Batch, Bury, Busy, Consumer, DeadLetterLimitError, Message, Poison, dead_letters, replay
 from shared.database import Database
 from shared.outbox import Event, Relay, producer, write
+from shared.topics import Topic
 from tests.e2e.shop import new
 from tests.integration.goods import hold, put, stock
 

@@ -1,0 +1,1 @@
+"""What the image is made of: locks of what runs and of what builds, and the bill of materials."""
