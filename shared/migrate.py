@@ -81,14 +81,22 @@ async def migrate(dsn: str, service: str, phases: Sequence[str] = PHASES, schema
 
 
 async def wait(dsn: str, service: str, phases: Sequence[str], seconds_max: float = WAIT_SECONDS_MAX) -> None:
-    """Return once the phases are in the database, which may not answer yet. Raises TimeoutError."""
+    """Return once the phases are in the database, which may not answer yet, saying once that it waits.
+
+    Raises TimeoutError.
+    """
     engine = create_async_engine(
         dsn.replace("postgresql://", "postgresql+asyncpg://", 1), connect_args={"timeout": CONNECT_SECONDS_MAX}
     )
     deadline = time.monotonic() + seconds_max
     try:
         for phase in phases:
+            told = False
             while not await _reached(engine, service, phase):
+                if not told:
+                    sys.stdout.write(f"waiting for the {phase} migrations of {service}\n")
+                    sys.stdout.flush()
+                    told = True
                 if time.monotonic() > deadline:
                     raise TimeoutError(f"the {phase} migrations of {service} did not come within {seconds_max:.0f} s")
                 await asyncio.sleep(POLL_SECONDS)

@@ -16,7 +16,7 @@ pytestmark = pytest.mark.skipif(manifests.command() is None, reason=manifests.MI
 OVERLAYS = ("local", "production")
 SERVICES = ("inventory", "reservation", "analytics")
 # The oldest and the newest Kubernetes that are supported.
-VERSIONS = ("1.31", "1.34")
+VERSIONS = ("1.33", "1.36")
 # Kinds that are not Kubernetes' own: their shape is checked by tests of their own below.
 CUSTOM = {"Certificate", "PodMonitor", "PrometheusRule"}
 # Read by the libraries, and not by Settings.

@@ -6,15 +6,18 @@ reach them through `external-backends`; elsewhere (kind) the component `backends
 
 import json
 import os
+import queue
 import shutil
 import socket
 import subprocess
 import tempfile
+import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import IO, Any, TypeVar
 from urllib.parse import urlsplit
 
 import pytest
@@ -91,50 +94,65 @@ def eventually(look: Callable[[], T], seconds_max: float = 60) -> T:
 class Shopping:
     """Customers in a pod of their own, who reserve and confirm until they are told to stop."""
 
-    def __init__(self, process: subprocess.Popen[str]) -> None:
+    def __init__(self, process: subprocess.Popen[str], errors: IO[str]) -> None:
         self._process = process
+        self._errors = errors
+        self._reports: queue.Queue[Any] = queue.Queue()
         self._lines: list[Any] = []
+        self._reader = threading.Thread(target=self._read, daemon=True)
+        self._reader.start()
+
+    def _read(self) -> None:
+        """All that comes, as it comes: a full pipe would hold the customers up."""
+        assert self._process.stdout
+        for line in self._process.stdout:
+            self._reports.put(json.loads(line))
+        self._reports.put(None)
 
     def look(self) -> Any:
-        """The next report: calls made, errors, and answers by pod, in the last half second."""
-        assert self._process.stdout
-        line = self._process.stdout.readline()
-        assert line, f"the shopper ended: {self._process.stderr.read() if self._process.stderr else ''}"
-        self._lines.append(json.loads(line))
-        return self._lines[-1]
+        """The next report: calls made, errors, and answers by pod, in half a second."""
+        report = self._reports.get(timeout=60)
+        assert report, f"the shopper ended: {self._said()}"
+        self._lines.append(report)
+        return report
 
     def stop(self) -> dict[str, Any]:
         """All of it together."""
         assert self._process.stdin
-        assert self._process.stdout
         self._process.stdin.close()
-        self._lines += map(json.loads, self._process.stdout)
-        assert self._process.wait(60) == 0
-        answers: dict[str, int] = {}
+        assert self._process.wait(60) == 0, self._said()
+        self._reader.join()
+        while report := self._reports.get():
+            self._lines.append(report)
+        answers: Counter[str] = Counter()
         for line in self._lines:
-            for pod, count in line["pods"].items():
-                answers[pod] = answers.get(pod, 0) + count
+            answers.update(line["pods"])
         return {
             "made": sum(line["made"] for line in self._lines),
             "failed": [error for line in self._lines for error in line["failed"]],
-            "pods": answers,
+            "pods": dict(answers),
         }
+
+    def _said(self) -> str:
+        self._errors.seek(0)
+        return self._errors.read()
 
 
 @contextmanager
 def shopping() -> Iterator[Shopping]:
     """Calls from the client's pod while the block runs."""
-    process = subprocess.Popen(
-        [KUBECTL, "-n", NAMESPACE, "exec", "-i", "shopper", "--", "python", "-c", SHOPPER],
-        stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-    )  # fmt: skip
-    try:
-        shoppers = Shopping(process)
-        shoppers.look()
-        yield shoppers
-    finally:
-        process.kill()
-        process.wait()
+    with tempfile.TemporaryFile("w+") as errors:
+        process = subprocess.Popen(
+            [KUBECTL, "-n", NAMESPACE, "exec", "-i", "shopper", "--", "python", "-c", SHOPPER],
+            stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True,
+        )  # fmt: skip
+        try:
+            shoppers = Shopping(process, errors)
+            shoppers.look()
+            yield shoppers
+        finally:
+            process.kill()
+            process.wait()
 
 
 def _is_here(address: str) -> bool:

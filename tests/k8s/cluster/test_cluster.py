@@ -3,6 +3,7 @@
 `make k8s-test` runs it. The tests follow each other on one deployment.
 """
 
+import functools
 import json
 import time
 from datetime import datetime
@@ -63,17 +64,15 @@ def served(service: str, count: int) -> set[str]:
 def test_no_pod_serves_before_its_migrations() -> None:
     """While the Job is held back every pod waits in `schema`, and no Service has an address."""
 
-    def waiting() -> bool:
-        found = [pod for service, role in ROLES for pod in pods(service, role)]
-        return len(found) >= len(ROLES) and all(
-            "running" in status["state"]
-            for pod in found
-            for status in pod["status"].get("initContainerStatuses", [{}])
-            if status.get("name") == "schema" or "state" in status
-        )
+    def waits(service: str, role: str) -> bool:
+        said = [
+            kubectl("logs", pod, "-c", "schema", check=False) == f"waiting for the pre migrations of {service}\n"
+            for pod in names(pods(service, role))
+        ]
+        return bool(said) and all(said)
 
-    eventually(waiting, 120)
-    time.sleep(5)
+    for service, role in ROLES:
+        eventually(functools.partial(waits, service, role), ROLLOUT_SECONDS_MAX)
     for service, role in ROLES:
         assert not [pod for pod in pods(service, role) if ready(pod)]
     for service in SERVICES:
