@@ -139,6 +139,7 @@ class Consumer:
             await sender.start()
             while True:
                 batches = await consumer.getmany(timeout_ms=1000, max_records=self._batch_messages_max)
+                self._tell_lag(consumer)
                 if batches:
                     async with asyncio.TaskGroup() as group:
                         for partition, messages in batches.items():
@@ -149,7 +150,6 @@ class Consumer:
                     if self._astray:
                         self._astray = False
                         await self._seek(consumer, consumer.assignment())
-                    self._tell_lag(consumer)
                     if sum(map(len, batches.values())) < self._batch_messages_max / 2:
                         await asyncio.sleep(self._linger_seconds)
         finally:

@@ -152,7 +152,7 @@ def serve(listen: str) -> Iterator[None]:
     host, _, port = listen.rpartition(":")
     server: HTTPServer
     thread: Thread
-    server, thread = start_http_server(int(port), host)
+    server, thread = start_http_server(int(port), host.strip("[]"))
     try:
         yield
     finally:

@@ -1,5 +1,6 @@
 """A collector of traces within the test's process: what is exported to it is there to be looked at."""
 
+import secrets
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -9,8 +10,10 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import grpc
+from opentelemetry import context as contexts
 from opentelemetry.proto.collector.trace.v1 import trace_service_pb2, trace_service_pb2_grpc
 from opentelemetry.proto.trace.v1 import trace_pb2
+from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 SECONDS_MAX = 30
 EXPORTED_SECONDS_MAX = 5
@@ -92,6 +95,17 @@ class Collector(trace_service_pb2_grpc.TraceServiceServicer):
                 assert left > 0, f"only {sorted((span.service, span.name) for span in found)}"
                 self._came.wait(left)
             return found
+
+
+@contextmanager
+def calling(*, sampled: bool) -> Iterator[tuple[str, str]]:
+    """A span of the caller's under way: its trace and its own id, in hex."""
+    known = SpanContext(secrets.randbits(128), secrets.randbits(64), is_remote=False, trace_flags=TraceFlags(sampled))
+    token = contexts.attach(set_span_in_context(NonRecordingSpan(known)))
+    try:
+        yield f"{known.trace_id:032x}", f"{known.span_id:016x}"
+    finally:
+        contexts.detach(token)
 
 
 @contextmanager

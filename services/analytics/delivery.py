@@ -321,8 +321,8 @@ class Sender:
                 name = f"deliver {claim.channel}"
                 with telemetry.following(name, claim.traceparent, SpanKind.CLIENT, told) as span:
                     outcome = await self.attempt(claim)
-                    if span:
-                        span.set_attribute("holdfast.delivery.error", outcome.error)
+                    if span and outcome.error:
+                        span.fail(outcome.error)
                     await self.record(claim, outcome)
         except Exception as error:  # noqa: BLE001 - it must not take other targets with it
             log.warning("target left for later", target=target, error=type(error).__name__)

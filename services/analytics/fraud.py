@@ -165,7 +165,7 @@ class Engine:
                 if not case.shadow:
                     trace = telemetry.written(span) if span else ""
                     await alerts.fraud_case_opened(connection, case.case_id, _details(case), trace)
-            log.info("case opened", case=case.case_id, decision=case.decision, score=case.score, shadow=case.shadow)
+                log.info("case opened", case=case.case_id, decision=case.decision, score=case.score, shadow=case.shadow)
         return blocks
 
     async def close(self) -> None:

@@ -78,16 +78,16 @@ class NotificationWorkers:
         try:
             await admin.start()
             await consumer.start()
-            while True:
-                counts = await dead_letters(admin, consumer)
-                for topic, count in counts.items():
-                    metrics.DEAD_LETTERS.labels(topic).set(count)
-                await self._database.run(
-                    lambda connection, counts=counts: alerts.judge_system(connection, Kind.DEAD_LETTERS, counts)  # type: ignore[misc]
-                )
-                await asyncio.sleep(self._settings.alert_dlq_poll_seconds)
+            with metrics.measured(metrics.DEAD_LETTERS):
+                while True:
+                    counts = await dead_letters(admin, consumer)
+                    for topic, count in counts.items():
+                        metrics.DEAD_LETTERS.labels(topic).set(count)
+                    await self._database.run(
+                        lambda connection, counts=counts: alerts.judge_system(connection, Kind.DEAD_LETTERS, counts)  # type: ignore[misc]
+                    )
+                    await asyncio.sleep(self._settings.alert_dlq_poll_seconds)
         finally:
-            metrics.DEAD_LETTERS.clear()
             await consumer.stop()
             await admin.close()
 

@@ -25,6 +25,7 @@ from tests.e2e.shop import goods, new
 
 RESERVE = "holdfast.reservation.v1.ReservationService/Reserve"
 GET = "holdfast.reservation.v1.ReservationService/GetReservation"
+SERVICE_NAMES = ("inventory", "reservation", "analytics")
 READY_SECONDS_MAX = 30
 Samples = dict[tuple[str, tuple[tuple[str, str], ...]], float]
 
@@ -89,17 +90,101 @@ async def test_what_is_open_is_measured_on_every_pod(
         assert ("holdfast_worker_restarts_total", (("worker", "measures"),)) not in await shown(http, pod)
 
 
-async def test_the_rules_are_rules(tmp_path: Path) -> None:
-    """Promtool takes them."""
+async def promtool(root: Path, *arguments: str) -> None:
+    """Run it on the rules; what it finds wrong is a failure."""
     if not shutil.which("promtool"):
         pytest.skip("promtool is not installed (Debian: apt-get install prometheus)")
-    file = tmp_path / "rules.yaml"
-    file.write_text(yaml.safe_dump({"groups": monitoring.rule_groups()}))
-    checking = await asyncio.create_subprocess_exec(
-        "promtool", "check", "rules", file, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+    (root / "rules.yaml").write_text(yaml.safe_dump({"groups": monitoring.rule_groups()}))
+    running = await asyncio.create_subprocess_exec(
+        "promtool", *arguments, cwd=root, stdout=subprocess.PIPE, stderr=subprocess.STDOUT
     )
-    said, _ = await checking.communicate()
-    assert checking.returncode == 0, said.decode()
+    said, _ = await running.communicate()
+    assert running.returncode == 0, said.decode()
+
+
+async def test_the_rules_are_rules(tmp_path: Path) -> None:
+    """Promtool takes them."""
+    await promtool(tmp_path, "check", "rules", "rules.yaml")
+
+
+# Series by the minute for an hour, and the alerts that fire in its last quarter: none for what is as it should be.
+WELL = {f'holdfast_calls_in_flight{{service="{name}",pod="{name}-0"}}': "3x60" for name in SERVICE_NAMES} | {
+    'holdfast_calls_total{service="inventory",method="x/PlaceHolds",code="OK"}': "0+600x60",
+    'holdfast_calls_failed_total{service="inventory",method="x/PlaceHolds"}': "0x60",
+    'holdfast_outbox_age_seconds{service="inventory",outbox="movement_outbox"}': "1x60",
+    'holdfast_relayed_total{service="inventory",topic="t"}': "0+600x60",
+    'holdfast_drift_units{service="inventory",of="ledger"}': "0x60",
+    'holdfast_dead_letters{service="analytics",topic="t.dlq"}': "0x60",
+    'holdfast_locks_held{service="inventory",lock="inventory:sweeper",pod="a"}': "1x30 0x30",
+    'holdfast_locks_held{service="inventory",lock="inventory:sweeper",pod="b"}': "0x30 1x30",
+    'holdfast_mart_lag_seconds{service="analytics"}': "1x60",
+}
+OLD = {'holdfast_outbox_age_seconds{service="inventory",outbox="movement_outbox"}': "0+60x60"}
+SICK: dict[str, tuple[dict[str, str], set[str]]] = {
+    "as it should be": ({}, set()),
+    "stock drifts": ({'holdfast_drift_units{service="inventory",of="ledger"}': "0x30 2x30"}, {"HoldfastDrift"}),
+    "events wait, and some are sent": (OLD, {"HoldfastOutboxOld"}),
+    "events wait, and none is sent": (
+        OLD | {'holdfast_relayed_total{service="inventory",topic="t"}': "600x60"},
+        {"HoldfastOutboxOld", "HoldfastRelayStalled"},
+    ),
+    "a tenth of the calls fail": (
+        {'holdfast_calls_failed_total{service="inventory",method="x/PlaceHolds"}': "0+60x60"},
+        {"HoldfastErrorRatio", "HoldfastErrorsBurnFast"},
+    ),
+    "a call in three thousand fails": (
+        {'holdfast_calls_failed_total{service="inventory",method="x/PlaceHolds"}': "0+0.2x60"},
+        set(),
+    ),
+    "a queue refuses": (
+        {'holdfast_sheds_total{service="inventory",queue="holds",reason="full"}': "0+600x60"},
+        {"HoldfastSheds"},
+    ),
+    "dead letters": ({'holdfast_dead_letters{service="analytics",topic="t.dlq"}': "1x60"}, {"HoldfastDeadLetters"}),
+    "nobody sweeps": (
+        {'holdfast_locks_held{service="inventory",lock="inventory:sweeper",pod="b"}': "0x60"},
+        {"HoldfastWorkersIdle"},
+    ),
+    "a service is gone": (
+        {'holdfast_calls_in_flight{service="analytics",pod="analytics-0"}': "3x30 stale"},
+        {"HoldfastNoPods"},
+    ),
+    "analytics is behind": ({'holdfast_mart_lag_seconds{service="analytics"}': "0+10x60"}, {"HoldfastMartLag"}),
+    "expired holds stay": (
+        {'holdfast_expiry_overdue_seconds{service="inventory"}': "0+10x60"},
+        {"HoldfastExpiryDelayed"},
+    ),
+    "the database is gone": (
+        {'holdfast_database_unavailable_total{service="inventory",pool="main"}': "0+60x60"},
+        {"HoldfastDatabaseUnavailable"},
+    ),
+    "the pool is full": (
+        {
+            'holdfast_database_connections{service="inventory",pod="a",pool="main"}': "10x60",
+            'holdfast_database_connections_max{service="inventory",pod="a",pool="main"}': "10x60",
+            'holdfast_database_wait_seconds_bucket{service="inventory",pod="a",pool="main",le="0.1"}': "0+60x60",
+            'holdfast_database_wait_seconds_bucket{service="inventory",pod="a",pool="main",le="0.25"}': "0+90x60",
+            'holdfast_database_wait_seconds_bucket{service="inventory",pod="a",pool="main",le="+Inf"}': "0+90x60",
+        },
+        {"HoldfastPoolExhausted"},
+    ),
+}
+
+
+@pytest.mark.parametrize("what", SICK)
+async def test_an_alert_fires_when_it_should(what: str, tmp_path: Path) -> None:
+    """And no other does."""
+    series, firing = SICK[what]
+    expected = [{"labels": f'{{alertname="{name}"}}', "value": 1} for name in sorted(firing)]
+    fires = {
+        "expr": 'group by (alertname) (ALERTS{alertstate="firing"})', "eval_time": "50m", "exp_samples": expected
+    }  # fmt: skip
+    given = [{"series": name, "values": values} for name, values in (WELL | series).items()]
+    tests = [{"interval": "1m", "input_series": given, "promql_expr_test": [fires]}]
+    (tmp_path / "test.yaml").write_text(
+        yaml.safe_dump({"rule_files": ["rules.yaml"], "evaluation_interval": "1m", "tests": tests})
+    )
+    await promtool(tmp_path, "test", "rules", "test.yaml")
 
 
 @contextlib.asynccontextmanager

@@ -2,19 +2,16 @@
 
 import asyncio
 import json
-import secrets
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
 from pathlib import Path
 
 from holdfast.analytics.v1 import notification_pb2 as np
 from holdfast.reservation.v1 import reservation_pb2 as rp
-from opentelemetry import context as contexts
-from opentelemetry.trace import NonRecordingSpan, SpanContext, TraceFlags, set_span_in_context
 
 from deploy.local.receiver import Receiver
+from deploy.local.supervisor import DRAIN_SECONDS_MAX, Supervisor
 from shared.client import Holdfast
-from tests.collector import Collector, Seen
+from tests.collector import Collector, Seen, calling
 from tests.e2e.shop import goods, new
 
 RESERVE = ("reservation", "holdfast.reservation.v1.ReservationService/Reserve")
@@ -47,17 +44,6 @@ PROJECTED = [*FRAUD_CASE[:5], ("analytics", "transaction")]
 BASKETS = 5  # as services/analytics/rules.toml has it: the same basket so often is worth a look
 
 
-@contextmanager
-def calling(*, sampled: bool) -> Iterator[tuple[str, str]]:
-    """A span of the caller's under way: its trace and its own id, in hex."""
-    known = SpanContext(secrets.randbits(128), secrets.randbits(64), is_remote=False, trace_flags=TraceFlags(sampled))
-    token = contexts.attach(set_span_in_context(NonRecordingSpan(known)))
-    try:
-        yield f"{known.trace_id:032x}", f"{known.span_id:016x}"
-    finally:
-        contexts.detach(token)
-
-
 def path(spans: list[Seen], last: Seen) -> list[tuple[str, str]]:
     """The way to a span from the one whose parent is the caller's."""
     by_id = {span.span: span for span in spans}
@@ -72,7 +58,7 @@ def ways(spans: list[Seen]) -> list[list[tuple[str, str]]]:
 
 
 async def test_one_trace_from_the_call_to_the_messages(
-    holdfast: Holdfast, collector: Collector, tmp_path: Path
+    holdfast: Holdfast, pods: Supervisor, collector: Collector, tmp_path: Path
 ) -> None:
     """A customer asks for the same basket again and again, until nothing is left: the goods are out of stock, and the
     customer is a case to review. Both messages, and all between them and the call, are in the call's trace.
@@ -98,6 +84,7 @@ async def test_one_trace_from_the_call_to_the_messages(
                 np.DeleteSubscriptionRequest(request_id=new(), subscription_id=hook.subscription_id)
             )
         )
+    analytics = [pod for pod in pods.pods if pod.service.name == "analytics"]
     told = [json.loads(line)["alert"] for line in file.read_text().splitlines()]
     assert {one["kind"] for one in told} == {"STOCK_OUT", "FRAUD_CASE"}
 
@@ -113,5 +100,36 @@ async def test_one_trace_from_the_call_to_the_messages(
     assert not [span for span in spans if span.status == "ERROR"]
     by_id = {span.span: span for span in spans}
     assert all(span.start_nanos >= by_id[span.parent].start_nanos for span in spans if span.parent in by_id)
-    everything = b"".join(collector.raw)
-    assert customer.encode() not in everything
+    lines = [
+        json.loads(line) for pod in analytics for line in pod.log.read_text().splitlines() if '"case opened"' in line
+    ]
+    assert (trace, decided.span) in {(line.get("trace_id"), line.get("span_id")) for line in lines}
+
+
+async def test_a_pod_whose_collector_hangs_serves_and_stops_as_ever(holdfast: Holdfast, pods: Supervisor) -> None:
+    """Every call of a pod is traced to a collector that takes connections and says nothing: nobody notices."""
+    sku, pod = await goods(holdfast, 1_000), pods.pod("reservation-0")
+    settings = pod.service.settings
+    assert isinstance(settings, dict)
+    before = dict(settings)
+    held: list[asyncio.StreamWriter] = []
+    deaf = await asyncio.start_server(lambda _, writer: held.append(writer), "127.0.0.1", 0)
+    try:
+        endpoint = f"http://127.0.0.1:{deaf.sockets[0].getsockname()[1]}"
+        settings |= {"HOLDFAST_OTLP_ENDPOINT": endpoint, "HOLDFAST_TRACE_SAMPLE_RATIO": "1"}
+        await asyncio.to_thread(pods.restart, pod)
+        target = f"ipv4:{pod.address}"
+        async with Holdfast(pods.targets["inventory"], target) as alone, asyncio.timeout(20):
+            while not held:
+                answers = await asyncio.gather(*(alone.reserve(new(), [(sku, "", 1)]) for _ in range(5)))
+                assert {answer.outcome for answer in answers} == {rp.RESERVE_OUTCOME_HELD}
+        began = time.monotonic()
+        assert await asyncio.to_thread(pods.terminate, pod) == 0
+        assert time.monotonic() - began < DRAIN_SECONDS_MAX / 2
+    finally:
+        settings.clear()
+        settings |= before
+        await asyncio.to_thread(pods.restart, pod)
+        deaf.close()
+        for writer in held:
+            writer.close()
