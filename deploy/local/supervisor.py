@@ -46,7 +46,9 @@ SERVICES = (
     Service("reservation", "reservation", "services.reservation", calls=("inventory",)),
     Service("analytics", "analytics", "services.analytics"),
 )
-# What the client's certificate is for: every role of deploy/access.toml that is no service's.
+# The table that is deployed, for TLS on this machine as well.
+ACCESS_FILE = REPOSITORY / "deploy/k8s/components/tls/access.toml"
+# What the client's certificate is for: every role of ACCESS_FILE that is no service's.
 CLIENT_NAMES = ("shop", "warehouse", "analyst", "fraud-desk", "operator", "data-protection")
 SERVING_SECONDS_MAX = 60
 DRAIN_SECONDS_MAX = 15
@@ -301,7 +303,7 @@ class Supervisor:
         own = {"HOLDFAST_SUBJECT_KEYS": self._subject_keys()} if service.name == "reservation" else {}
         secure = {}
         if self._certificates:
-            directory, table = self._certificates[service.name], REPOSITORY / "deploy" / "access.toml"
+            directory, table = self._certificates[service.name], ACCESS_FILE
             secure = {"HOLDFAST_TLS_DIRECTORY": str(directory), "HOLDFAST_ACCESS_FILE": str(table)}
         return (
             own

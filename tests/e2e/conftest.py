@@ -7,8 +7,8 @@ from typing import Any, NamedTuple
 import pytest
 
 from deploy.local.certificates import Authority
-from deploy.local.stack import REPOSITORY, Stack, free_port
-from deploy.local.supervisor import SERVICES, Supervisor
+from deploy.local.stack import Stack, free_port
+from deploy.local.supervisor import ACCESS_FILE, SERVICES, Supervisor
 from shared.client import Holdfast
 from tests.e2e.shop import new
 from tests.unit.test_access import AUDIENCE, ISSUER, SIGNERS, jwks
@@ -54,7 +54,7 @@ def secured(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
     """A pod of each service in role "api", so that nothing of it works on the topics of other tests."""
     root = tmp_path_factory.mktemp("security")
     (root / "jwks.json").write_text(jwks(**SIGNERS))
-    table = (REPOSITORY / "deploy" / "access.toml").read_text()
+    table = ACCESS_FILE.read_text()
     (root / "access.toml").write_text(table.replace("[certificates]", MORE, 1))
     settings = {
         "HOLDFAST_ACCESS_FILE": str(root / "access.toml"),

@@ -7,6 +7,7 @@ from pathlib import Path
 import kubernetes_validate
 import pytest
 
+from deploy.local.certificates import Authority
 from shared.settings import Settings
 from tests.k8s import manifests
 from tests.k8s.manifests import K8S, SERVERS, Object, Pod, holdfast, matches, of, pods, variables
@@ -19,10 +20,6 @@ SERVICES = ("inventory", "reservation", "analytics")
 VERSIONS = ("1.33", "1.36")
 # Kinds that are not Kubernetes' own: their shape is checked by tests of their own below.
 CUSTOM = {"Certificate", "PodMonitor", "PrometheusRule"}
-# Read by the libraries, and not by Settings.
-LIBRARIES = {"OTEL_EXPORTER_OTLP_ENDPOINT"}
-# Settings that the parts for TLS and for metrics bring.
-COMING = {"HOLDFAST_INSECURE", "HOLDFAST_METRICS_LISTEN", "HOLDFAST_TLS_DIRECTORY"}
 
 
 def environment(settings: type[Settings]) -> set[str]:
@@ -170,15 +167,22 @@ def test_settings_that_are_required_are_set(objects: list[Object]) -> None:
 
 def test_no_variable_is_unknown(objects: list[Object]) -> None:
     """A name that no Settings class has would be set in vain."""
-    known = set().union(*(environment(settings_of(service)) for service in SERVICES)) | LIBRARIES | COMING
+    known = set().union(*(environment(settings_of(service)) for service in SERVICES))
     for pod in holdfast(objects):
         for container in pod.containers:
             named = {variable["name"] for variable in container.get("env", [])}
             assert (set(variables(objects, container)) | named) <= known, pod.name
 
 
-def test_values_are_what_settings_take(objects: list[Object], monkeypatch: pytest.MonkeyPatch) -> None:
-    """The values of each container make settings, where the Secrets hold what they must."""
+def test_values_are_what_settings_take(objects: list[Object], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    """The values of each container make settings, where Secrets and mounts hold what they must."""
+    mounted = {
+        "HOLDFAST_TLS_DIRECTORY": str(Authority().issue(tmp_path / "tls", "inventory")),
+        "HOLDFAST_ACCESS_FILE": str(tmp_path / "access.toml"),
+    }
+    for name, table in of(objects, "ConfigMap").items():
+        if name.startswith("holdfast-access"):
+            (tmp_path / "access.toml").write_text(table["data"]["access.toml"])
     secret = {
         "HOLDFAST_DATABASE_DSN": "postgresql://holdfast@postgres:5432/one",
         "HOLDFAST_SUBJECT_KEYS": "k1=AAAAAAAAAAAAAAAAAAAAAA==",
@@ -190,7 +194,7 @@ def test_values_are_what_settings_take(objects: list[Object], monkeypatch: pytes
         told = variables(objects, pod.spec["containers"][0])
         with monkeypatch.context() as patched:
             for name, value in told.items():
-                patched.setenv(name, secret[name] if value is None else value)
+                patched.setenv(name, secret[name] if value is None else mounted.get(name, value))
             settings_of(pod.service)()  # type: ignore[call-arg] # from the environment
 
 

@@ -16,6 +16,7 @@ from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
 from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from deploy.local.certificates import Authority
+from deploy.local.supervisor import ACCESS_FILE
 from services.inventory.settings import Settings
 from shared import files, tls, tokens
 from shared.access import Access, Limits, Table, calls, read
@@ -24,6 +25,7 @@ from shared.refusal import Refusal
 from shared.settings import load, loopback
 from shared.tokens import InvalidTokenError, Tokens
 
+ACCESS = str(ACCESS_FILE)
 RESERVE = "holdfast.reservation.v1.ReservationService/Reserve"
 PLACE = "/holdfast.inventory.v1.InventoryService/PlaceHolds"
 ISSUER, AUDIENCE = "https://issuer.example", "holdfast"
@@ -63,7 +65,7 @@ def refused(work: Callable[[], object]) -> Refusal:
 
 def test_the_shipped_table_knows_every_call_and_gives_holds_to_reservation_alone() -> None:
     """Every call has a role; nobody else places holds; whom a hash stands for has a role of its own, out of tokens."""
-    access = read("deploy/access.toml", Limits(5, 6))
+    access = read(ACCESS, Limits(5, 6))
     table = access._table
     given = {name: access.of_certificate([name]) for name in table.certificates}
     assert frozenset().union(*(rights.calls for rights in given.values())) == {
@@ -356,16 +358,16 @@ def test_what_is_loopback(address: str, answer: bool) -> None:
     ("settings", "why"),
     [
         ({"LISTEN": "0.0.0.0:50051"}, "HOLDFAST_LISTEN: 0.0.0.0:50051 is not loopback: set HOLDFAST_TLS_DIRECTORY"),
-        ({"ACCESS_FILE": "deploy/access.toml"}, "HOLDFAST_ACCESS_FILE and HOLDFAST_JWT_* need HOLDFAST_TLS_DIRECTORY"),
+        ({"ACCESS_FILE": ACCESS}, "HOLDFAST_ACCESS_FILE and HOLDFAST_JWT_* need HOLDFAST_TLS_DIRECTORY"),
         ({"JWT_ISSUER": "x"}, "HOLDFAST_ACCESS_FILE and HOLDFAST_JWT_* need HOLDFAST_TLS_DIRECTORY"),
         ({"TLS_DIRECTORY": "TLS"}, "HOLDFAST_ACCESS_FILE: is needed with HOLDFAST_TLS_DIRECTORY"),
-        ({"TLS_DIRECTORY": "/nowhere", "ACCESS_FILE": "deploy/access.toml"}, "HOLDFAST_TLS_DIRECTORY: [Errno 2]"),
-        ({"TLS_DIRECTORY": "MIXED", "ACCESS_FILE": "deploy/access.toml"}, "tls.key is not the key of tls.crt"),
+        ({"TLS_DIRECTORY": "/nowhere", "ACCESS_FILE": ACCESS}, "HOLDFAST_TLS_DIRECTORY: [Errno 2]"),
+        ({"TLS_DIRECTORY": "MIXED", "ACCESS_FILE": ACCESS}, "tls.key is not the key of tls.crt"),
         ({"TLS_DIRECTORY": "TLS", "ACCESS_FILE": "/nowhere"}, "HOLDFAST_ACCESS_FILE: [Errno 2]"),
-        ({"TLS_DIRECTORY": "TLS", "ACCESS_FILE": "deploy/access.toml", "JWT_ISSUER": "x"}, "go together"),
+        ({"TLS_DIRECTORY": "TLS", "ACCESS_FILE": ACCESS, "JWT_ISSUER": "x"}, "go together"),
         (
-            {"TLS_DIRECTORY": "TLS", "ACCESS_FILE": "deploy/access.toml", "JWT_ISSUER": "x", "JWT_AUDIENCE": "y",
-             "JWKS_FILE": "deploy/access.toml"},
+            {"TLS_DIRECTORY": "TLS", "ACCESS_FILE": ACCESS, "JWT_ISSUER": "x", "JWT_AUDIENCE": "y",
+             "JWKS_FILE": ACCESS},
             "HOLDFAST_JWKS_FILE: must be a JSON Web Key Set",
         ),
     ],
