@@ -183,6 +183,7 @@ class Stack:
         self._data = self.root / "data"
         self._say = say
         self._servers: dict[str, _Server] = {}
+        self._ports: dict[str, int] = {}  # of servers that are started again where they were
         self._guard = threading.Lock()
         self._abandoned = threading.Event()
         self._leash: Leash | None = None
@@ -264,6 +265,17 @@ class Stack:
         return {server.name: server.process.pid for server in self._servers.values()}
 
     # -- contents -----------------------------------------------------------------------------------------------
+
+    def revive(self, name: str) -> None:
+        """Kill a server, if it still runs, as a crash would, and start it again on its port and its data."""
+        server = self._server(name)
+        server.process.kill()
+        server.process.wait()
+        self._ports[name] = server.port
+        try:
+            {"Kafka": self._start_kafka, "PostgreSQL": self._start_postgres, "Redis": self._start_redis}[name]()
+        finally:
+            del self._ports[name]
 
     def databases(self, *names: str) -> None:
         """Create the databases that do not exist yet."""
@@ -392,15 +404,16 @@ class Stack:
         stop_signal: signal.Signals = signal.SIGTERM,
         death_signal: signal.Signals = signal.SIGKILL,
     ) -> None:
-        """Start a server on a free port until `ready` names its version; each attempt takes another port.
+        """Start a server until `ready` names its version; each attempt takes another free port, unless it has one.
 
         The pause between attempts outlasts what a killed run may still hold: a port, a lock, shared memory.
         """
         log = self.log / f"{name.lower()}.log"
-        log.unlink(missing_ok=True)
+        if name not in self._ports:
+            log.unlink(missing_ok=True)
         began = time.monotonic()
         for _ in range(LAUNCH_ATTEMPTS_MAX):
-            port = free_port()
+            port = self._ports.get(name) or free_port()
             process = self._spawn(command(port), log, cwd=cwd, env=env, user=user, death_signal=death_signal)
             with self._guard:
                 self._servers[name] = _Server(name, process, port, stop_signal, death_signal)

@@ -27,7 +27,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import asyncpg
-from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka import AIOKafkaConsumer
 from google.protobuf.message import DecodeError
 from holdfast.inventory.v1 import events_pb2 as inventory_events
 from holdfast.reservation.v1 import events_pb2 as reservation_events
@@ -329,14 +329,14 @@ async def _reservations_told(at: Deployment) -> tuple[int, list[str]]:
 
 async def _messages(bootstrap: str, topic: str) -> AsyncIterator[bytes]:
     """Every message of a topic as it stands now, without the watermarks, each partition in its order."""
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="earliest")
+    # Without a group it is given every partition when it starts.
+    consumer = AIOKafkaConsumer(
+        topic, bootstrap_servers=bootstrap, enable_auto_commit=False, auto_offset_reset="earliest"
+    )
     await consumer.start()
     try:
-        numbers = consumer.partitions_for_topic(topic) or await _partitions(consumer, topic)
-        places = [TopicPartition(topic, number) for number in numbers]
-        consumer.assign(places)
+        places = sorted(consumer.assignment())
         ends = await consumer.end_offsets(places)
-        await consumer.seek_to_beginning(*places)
         while any([await consumer.position(place) < ends[place] for place in places]):
             for place, messages in (await consumer.getmany(timeout_ms=1000, max_records=5000)).items():
                 for message in messages:
@@ -344,11 +344,6 @@ async def _messages(bootstrap: str, topic: str) -> AsyncIterator[bytes]:
                         yield message.value
     finally:
         await consumer.stop()
-
-
-async def _partitions(consumer: AIOKafkaConsumer, topic: str) -> Iterable[int]:
-    await consumer._client.fetch_all_metadata()  # one that joins no group knows no topic yet
-    return sorted(consumer.partitions_for_topic(topic) or ())
 
 
 # -- the story --------------------------------------------------------------------------------------------------------
@@ -398,6 +393,8 @@ def judge(calls: Iterable[Call], ledger: Iterable[Mapping[str, Any]], states: Ma
             continue
         found = happened.get((call.kind, call.reservation_id, call.request_id), _Happened())
         _judge_write(call, found, states.get(call.reservation_id), report)
+        if call.again:
+            continue  # when it was decided, its first call says
         if call.outcome == "REJECTED":
             _judge_refusal(call, timelines, report)
         if found.versions and call.end is End.OK:

@@ -59,6 +59,7 @@ class Call:
     request_id: str
     lines: list[Line]
     mode: str = ""
+    again: bool = False  # a repeat of an earlier call, with the same ids
     sent: float = 0.0
     answered: float = 0.0
     attempts: int = 0
@@ -106,8 +107,10 @@ class Client:
         for channel in self._channels:
             await channel.close(None)
 
-    async def reserve(self, reservation_id: str, lines: Iterable[Line], mode: str, ttl: float) -> Call:
-        call = Call("reserve", reservation_id, reservation_id, list(lines), mode)
+    async def reserve(
+        self, reservation_id: str, lines: Iterable[Line], mode: str, ttl: float, *, again: bool = False
+    ) -> Call:
+        call = Call("reserve", reservation_id, reservation_id, list(lines), mode, again)
         request = rp.ReserveRequest(
             reservation_id=reservation_id,
             mode=rp.ReserveMode.Value(f"RESERVE_MODE_{mode}"),
@@ -122,8 +125,10 @@ class Client:
                 call.units[f"{part.sku}@{part.location}"] = part.held + part.confirmed + part.cancelled + part.expired
         return call
 
-    async def confirm(self, reservation_id: str, request_id: str, lines: Iterable[Line] = ()) -> Call:
-        call = Call("confirm", reservation_id, request_id, list(lines))
+    async def confirm(
+        self, reservation_id: str, request_id: str, lines: Iterable[Line] = (), *, again: bool = False
+    ) -> Call:
+        call = Call("confirm", reservation_id, request_id, list(lines), again=again)
         request = rp.ConfirmRequest(reservation_id=reservation_id, request_id=request_id, lines=_parts(call.lines))
         await self._made(call, lambda seconds: self._reservation.Confirm(request, timeout=seconds))
         return call

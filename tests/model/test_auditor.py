@@ -35,7 +35,7 @@ def received(version: int, at: float, request: str, units: int) -> dict[str, Any
 
 def reserve(name: str, sent: float, answered: float, asked: int = 1, outcome: str = "HELD") -> Call:
     """A call for units of A; without an outcome nobody was told."""
-    call = Call("reserve", name, name, [("A", "MAIN", asked)], "ALL", sent, answered, outcome=outcome)
+    call = Call("reserve", name, name, [("A", "MAIN", asked)], "ALL", sent=sent, answered=answered, outcome=outcome)
     call.end = End.OK if outcome else End.UNKNOWN
     call.units = {"A@MAIN": asked} if outcome == "HELD" else {}
     return call
@@ -44,12 +44,22 @@ def reserve(name: str, sent: float, answered: float, asked: int = 1, outcome: st
 LEDGER = [received(1, 1, "in", 5), moved(2, 2.1, "r1", 1, 1), moved(3, 3.1, "r2", 4, 5)]
 STATES = {"r1": "HELD", "r2": "HELD", "no": "REJECTED"}
 TRUE = [
-    Call("receive", "", "in", [("A", "MAIN", 5)], "", 0.9, 1.1, 1, End.OK),
+    Call("receive", "", "in", [("A", "MAIN", 5)], sent=0.9, answered=1.1, end=End.OK),
     reserve("r1", 2, 2.2),
     reserve("r2", 3, 3.2, 4),
     reserve("no", 4, 4.2, outcome="REJECTED"),
     reserve("lost", 4, 0, outcome=""),
-    Call("read", "", "", [("A", "MAIN", 0)], "", 2.3, 2.4, 1, End.OK, units={"on_hand": 5, "held": 1}, version=2),
+    Call(
+        "read",
+        "",
+        "",
+        [("A", "MAIN", 0)],
+        sent=2.3,
+        answered=2.4,
+        end=End.OK,
+        units={"on_hand": 5, "held": 1},
+        version=2,
+    ),
 ]
 
 
