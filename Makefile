@@ -37,13 +37,14 @@ down: ## Stop what `make up` started
 test: gen ## Run all tests on real PostgreSQL, Redis and Kafka
 	@$(BIN)/python -m pytest $(ARGS)
 
-lint: gen ## Check style, types, imports and contracts
+lint: gen ## Check style, types, imports, contracts and dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
+	$(BIN)/python -m deploy.dependencies
 	@if git ls-tree -r --name-only $(BREAKING_BASE) 2>/dev/null | grep -q '^protos/'; then \
 	  echo '$(BIN)/buf breaking (against $(BREAKING_BASE))'; $(BIN)/buf breaking --against '.git#ref=$(BREAKING_BASE)'; fi
 
