@@ -92,7 +92,7 @@ class Supervisor:
 
     With an `authority` all speak TLS, by certificates that it issues; `tls_directory` has the one for clients.
     `code` is the checkout that a pod runs when it is started next; another one has its own `.venv`. So a release and
-    the one before it are run together.
+    the one before it are run together. Logs are the stack's, or go to `log`, where several supervisors share a stack.
     """
 
     def __init__(
@@ -103,12 +103,14 @@ class Supervisor:
         role: str = "all",
         authority: Authority | None = None,
         code: Path = REPOSITORY,
+        log: Path | None = None,
         say: Say = lambda _: None,
     ) -> None:
         self.code = code
         self._stack = stack
         self._role = role
         self._services = services
+        self._log = log or stack.log
         self._say = say
         self._certificates: dict[str, Path] = {}
         self.tls_directory = ""
@@ -129,9 +131,10 @@ class Supervisor:
         Raises StackError with the last lines of the log of what failed; then no pod runs.
         """
         self._stopping.clear()
+        self._log.mkdir(exist_ok=True)
         self._leash = Leash()
         self.pods = [
-            Pod(name, service, free_port(), free_port(), self._stack.log / f"{name}.log")
+            Pod(name, service, free_port(), free_port(), self._log / f"{name}.log")
             for service in self._services
             for name in (f"{service.name}-{ordinal}" for ordinal in range(service.pods))
         ]
@@ -338,7 +341,7 @@ class Supervisor:
     def _migrate(self, service: Service) -> None:
         if self._leash is None:
             raise StackError("the supervisor is not started")
-        log = self._stack.log / f"migrate-{service.name}.log"
+        log = self._log / f"migrate-{service.name}.log"
         log.unlink(missing_ok=True)
         began = time.monotonic()
         process = self._leash.spawn(

@@ -14,6 +14,7 @@ from tests.e2e.shop import new
 from tests.unit.test_access import AUDIENCE, ISSUER, SIGNERS, jwks
 
 FLOODERS = 24
+WATCHES = 3
 FLOOD_CALLS_PER_SECOND_MAX = 20
 # Beside the shipped table.
 MORE = f"""
@@ -22,8 +23,13 @@ calls_per_second_max = {FLOOD_CALLS_PER_SECOND_MAX}
 in_flight_calls_max = {FLOODERS - 4}
 calls = ["holdfast.reservation.v1.ReservationService/*"]
 
+[roles.watcher]
+in_flight_calls_max = {WATCHES}
+calls = ["holdfast.inventory.v1.InventoryService/WatchStock"]
+
 [certificates]
 flooder = ["flooder"]
+watcher = ["watcher"]
 "spiffe://holdfast.test/till" = ["shop"]
 """
 
@@ -72,7 +78,7 @@ def secured(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         for service in SERVICES
     ]
     authority = Authority()
-    with Supervisor(stack, services=services, role="api", authority=authority).start() as pods:
+    with Supervisor(stack, services=services, role="api", authority=authority, log=root / "log").start() as pods:
         yield Secured(pods, authority, root, probes)
 
 

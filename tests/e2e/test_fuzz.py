@@ -1,4 +1,4 @@
-"""Whatever comes over the wire gets a status of the contract: nothing is INTERNAL, breaks a pod, or is kept in memory."""
+"""Whatever comes over the wire gets a status of the contract: nothing is INTERNAL, breaks a pod or stays in memory."""
 
 import asyncio
 import random
@@ -37,8 +37,8 @@ DEPTH_MAX = 4
 LOCAL = "Internal error from Core"
 BAD = {grpc.StatusCode.INTERNAL, grpc.StatusCode.UNKNOWN, grpc.StatusCode.UNAVAILABLE, grpc.StatusCode.DATA_LOSS,
        grpc.StatusCode.UNIMPLEMENTED, grpc.StatusCode.DEADLINE_EXCEEDED}  # fmt: skip
-TEXTS = ["", "A", "MAIN", "FUZZ-1", "x" * 300, "a\0b", "\u202e", "😀", "1", "-1", "UTC", "Mars/Olympus", "' OR 1=1 --", "%s%n",
-         "../../etc/passwd", "127.0.0.1", "::1", "fe80::1%x", "GBP", "k1:ab", "file", "webhook", "{}", '{"a":', "[" * 3000]  # fmt: skip
+TEXTS = ["", "A", "MAIN", "x" * 300, "a\0b", "\u202e", "😀", "1", "-1", "UTC", "Mars/Olympus", "' OR 1=1",
+         "%s%n", "../../etc/passwd", "127.0.0.1", "::1", "fe80::1%x", "GBP", "k1:ab", "{}", "[" * 3000]  # fmt: skip
 WHOLE = [0, 1, -1, 2, 7, 59, 10**6, 10**9, 10**12, 10**15, 2**31 - 1, -(2**31), 2**32 - 1, 2**53, 2**62, 2**63 - 1,
          -(2**63), 2**64 - 1, -62135596800, 253402300799, 253402300800]  # fmt: skip
 FLOATS = [0.0, -0.0, 1.0, -1.0, 1e308, -1e308, 5e-324, float("inf"), float("-inf"), float("nan")]
@@ -206,7 +206,7 @@ async def test_no_bytes_are_too_strange(secured: Secured) -> None:
         if number == 0:
             before = resident_bytes(secured)
     for channel in channels.values():
-        await channel.close()
+        await channel.close(None)
     assert not bad, "\n".join(bad[:20]) + f"\n{len(bad)} in all"
     assert not faults(secured), "\n".join(faults(secured)[:20])
     assert {pod.name: pod.pid for pod in secured.pods.pods} == pids
@@ -217,8 +217,9 @@ async def test_no_bytes_are_too_strange(secured: Secured) -> None:
     assert seen["INVALID_ARGUMENT"] > 1000, seen
 
 
-POSITIONS = ["\ud800", "\0", "", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "-infinity", "NaN", "x" * 3000,
-             "1" * 400, "-1", "2025-05-01T00:00:00+00:00"]  # fmt: skip
+POSITIONS = ["\ud800", "\0", "", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:59-14:00", "-infinity", "NaN",
+             "x" * 3000, "1" * 400, "-1", "2025-05-01T00:00:00+00:00"]  # fmt: skip
+LIVE_RULES = [desk.RULES.source, ("deleted_at IS NULL AND ?", True)]
 
 
 @pytest.mark.parametrize(
@@ -234,7 +235,7 @@ POSITIONS = ["\ud800", "\0", "", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:
             "ListAlertRules",
             np.ListAlertRulesRequest(),
             1,
-            [desk.RULES.source, ("deleted_at IS NULL AND ?", True)],
+            LIVE_RULES,
         ),
         ("analytics", "ListStockView", ap.ListStockViewRequest(), 3, b""),
         ("analytics", "ReportFunnel", None, 0, None),
@@ -247,7 +248,7 @@ POSITIONS = ["\ud800", "\0", "", "0001-01-01T00:00:00+14:00", "9999-12-31T23:59:
 async def test_a_forged_page_token_is_refused(
     everybody: Holdfast, api: str, name: str, request_: Any, fields: int, bound: Any
 ) -> None:
-    """The digest in a token is no secret: who makes one with an impossible position gets PAGE_TOKEN_INVALID, or a page."""
+    """A token's digest is no secret: who makes one with an impossible position gets PAGE_TOKEN_INVALID, or a page."""
     if request_ is None:
         request_ = getattr(ap, f"{name}Request")()
         request_.range.start_time.FromJsonString("2025-01-01T00:00:00Z")
@@ -259,10 +260,8 @@ async def test_a_forged_page_token_is_refused(
                 asked = type(request_)()
                 asked.CopyFrom(request_)
                 asked.page_token = pages.encode(places, bound)
-                try:
-                    await getattr(getattr(everybody, api), name)(asked)
-                except grpc.aio.AioRpcError as error:
-                    assert error.code() is grpc.StatusCode.INVALID_ARGUMENT, (places, error)
+                call = getattr(getattr(everybody, api), name)(asked)
+                assert await call.code() in {grpc.StatusCode.OK, grpc.StatusCode.INVALID_ARGUMENT}, places
 
 
 async def test_a_token_that_nests_without_end_is_refused(everybody: Holdfast) -> None:

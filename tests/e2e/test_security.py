@@ -29,7 +29,7 @@ from shared.channel import open_channel
 from shared.client import Holdfast
 from shared.errors import DETAILS_KEY, refusal_of
 from shared.refusal import Refusal
-from tests.e2e.conftest import FLOOD_CALLS_PER_SECOND_MAX, FLOODERS, Secured
+from tests.e2e.conftest import FLOOD_CALLS_PER_SECOND_MAX, FLOODERS, WATCHES, Secured
 from tests.e2e.shop import goods, new
 from tests.unit.test_access import by_public_key, signed
 
@@ -313,6 +313,33 @@ def _truth(condition: Callable[[], bool]) -> Callable[[], Awaitable[bool]]:
         return condition()
 
     return asked
+
+
+async def test_a_stream_is_in_flight_until_it_ends(secured: Secured, everybody: Holdfast) -> None:
+    """Watchers that go away make room, also in the middle of a stream."""
+    sku = await goods(everybody, 1)
+    async with secured.client(secured.certificate("watcher")) as watcher:
+
+        def watch() -> Any:
+            return watcher.inventory.WatchStock(ip.WatchStockRequest(keys=[ip.WatchKey(sku=sku, location="MAIN")]))
+
+        for _ in range(3):
+            watches: list[Any] = []
+
+            async def all_let_in(watches: list[Any] = watches) -> bool:
+                one = watch()
+                try:
+                    assert (await one.read()).snapshot.sku == sku
+                    watches.append(one)
+                except grpc.aio.AioRpcError as error:
+                    refusal = refusal_of(error)
+                    assert refusal is not None and refusal.reason == "CALLER_OVER_LIMIT"  # noqa: PT018
+                return len(watches) == WATCHES
+
+            await until(all_let_in)
+            assert await reason(watch().read()) == "RESOURCE_EXHAUSTED CALLER_OVER_LIMIT"
+            for one in watches:
+                one.cancel()
 
 
 async def test_metadata_is_bounded(secured: Secured) -> None:

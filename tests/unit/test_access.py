@@ -10,6 +10,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import grpc
 import jwt
 import pytest
 from cryptography.hazmat.primitives.asymmetric import ec, ed25519, rsa
@@ -17,10 +18,13 @@ from cryptography.hazmat.primitives.serialization import Encoding, PublicFormat
 
 from deploy.local.certificates import Authority
 from deploy.local.supervisor import ACCESS_FILE
+from services.inventory.servicer import ERRORS
 from services.inventory.settings import Settings
+from services.reservation.inventory import _unreachable
 from shared import files, tls, tokens
 from shared.access import Access, Limits, Table, calls, read
 from shared.admission import CALLERS_MAX, Admission
+from shared.errors import DETAILS_KEY
 from shared.refusal import Refusal
 from shared.settings import load, loopback
 from shared.tokens import InvalidTokenError, Tokens
@@ -127,6 +131,14 @@ def test_who_is_not_in_the_table_may_call_nothing() -> None:
     assert (forbidden.reason, forbidden.metadata) == ("CALLER_FORBIDDEN", {"method": PLACE.removeprefix("/")})
     assert refused(lambda: admission.enter(f"/{RESERVE}", Call("stranger"))).reason == "CALLER_FORBIDDEN"
     assert refused(lambda: admission.enter(f"/{RESERVE}", Call())).reason == "CALLER_UNKNOWN"
+
+
+@pytest.mark.parametrize("reason", ["CALLER_UNKNOWN", "CALLER_FORBIDDEN", "CALLER_OVER_LIMIT"])
+def test_what_inventory_says_of_reservation_is_not_told_to_its_callers(reason: str) -> None:
+    """They are not the ones who may not: for them inventory cannot be reached."""
+    told = grpc.aio.Metadata((DETAILS_KEY, ERRORS.details(Refusal(reason, "no", retry_seconds="0.5"))))
+    error = grpc.aio.AioRpcError(grpc.StatusCode.PERMISSION_DENIED, grpc.aio.Metadata(), told, "no", "")
+    assert _unreachable(error).reason == "INVENTORY_UNAVAILABLE"
 
 
 # -- limits -----------------------------------------------------------------------------------------------------------
