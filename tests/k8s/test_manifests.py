@@ -181,7 +181,7 @@ def test_values_are_what_settings_take(objects: list[Object], monkeypatch: pytes
         "HOLDFAST_ACCESS_FILE": str(tmp_path / "access.toml"),
     }
     for name, table in of(objects, "ConfigMap").items():
-        if name.startswith("holdfast-access"):
+        if name.startswith("access"):
             (tmp_path / "access.toml").write_text(table["data"]["access.toml"])
     secret = {
         "HOLDFAST_DATABASE_DSN": "postgresql://holdfast@postgres:5432/one",
