@@ -7,6 +7,8 @@ ORDERS ?=
 LIMIT ?=
 CONCURRENCY ?= 32
 OPENING_STOCK ?= 300
+MINUTES ?= 15
+SEED ?=
 BREAKING_BASE ?= HEAD
 PROTOS := $(shell find protos -name '*.proto')
 export PYTHONDONTWRITEBYTECODE := 1
@@ -14,11 +16,11 @@ REPLAY := $(if $(ORDERS),--orders '$(ORDERS)') $(if $(LIMIT),--limit $(LIMIT)) \
           --concurrency $(CONCURRENCY) --opening-stock $(OPENING_STOCK)
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo up down test upgrade-test k8s-check k8s-test lint format bench bench-quick gen clean
+.PHONY: help run demo up down test chaos audit planted-bugs upgrade-test k8s-check k8s-test lint format bench bench-quick gen clean
 
 help: ## Show this list
 	@printf 'Holdfast keeps stock right under load.\n\n'
-	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-11s %s\n", $$1, $$2}'
+	@grep -hE '^[a-z0-9-]+:.*## ' $(MAKEFILE_LIST) | awk -F ':.*## ' '{printf "  make %-12s %s\n", $$1, $$2}'
 	@printf '\nOptions of run and demo: ORDERS=FILE LIMIT=orders CONCURRENCY=%s OPENING_STOCK=%s\n' \
 	  '$(CONCURRENCY)' '$(OPENING_STOCK)'
 
@@ -36,6 +38,15 @@ down: ## Stop what `make up` started
 
 test: gen ## Run all tests on real PostgreSQL, Redis and Kafka
 	@$(BIN)/python -m pytest $(ARGS)
+
+chaos: gen ## Shop while everything fails in turn, then audit: MINUTES=15 SEED=number
+	@$(BIN)/python -m tests.model.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+
+audit: gen ## Judge the deployment that runs: ledger, reservations, topics, mart
+	@$(BIN)/python -m tests.model.audit
+
+planted-bugs: gen ## Plant bugs one at a time and see which test catches each (half an hour)
+	@$(BIN)/python -m tests.model.mutations
 
 upgrade-test: gen ## Run the release before (BASE=TAG) and this one on one database, each way
 	@test -n '$(BASE)' || { echo 'make upgrade-test needs BASE=TAG, the release before'; exit 1; }
