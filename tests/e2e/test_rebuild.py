@@ -66,7 +66,7 @@ async def test_a_rebuild_is_the_live_one_row_for_row_and_goes_on(own: Supervisor
         assert await content(dsn) == before
 
         rebuilding = asyncio.create_task(asyncio.to_thread(run))
-        sku = await goods(holdfast, 50)
+        sku = await goods(holdfast, 100_000)
         while not rebuilding.done():
             await holdfast.reserve(new(), [(sku, "MAIN", 1)])
             await asyncio.sleep(0.05)
