@@ -92,7 +92,7 @@ class Supervisor:
 
     With an `authority` all speak TLS, by certificates that it issues; `tls_directory` has the one for clients.
     `code` is the checkout that a pod runs when it is started next; another one has its own `.venv`. So a release and
-    the one before it are run together. Logs are the stack's, or go to `log`, where several supervisors share a stack.
+    the one before it are run together. What it writes is in the stack's root, or in `root`, where several share a stack.
     """
 
     def __init__(
@@ -103,27 +103,28 @@ class Supervisor:
         role: str = "all",
         authority: Authority | None = None,
         code: Path = REPOSITORY,
-        log: Path | None = None,
+        root: Path | None = None,
         say: Say = lambda _: None,
     ) -> None:
         self.code = code
         self._stack = stack
         self._role = role
         self._services = services
-        self._log = log or stack.log
+        self._root = root or stack.root
+        self._log = self._root / "log"
         self._say = say
         self._certificates: dict[str, Path] = {}
         self.tls_directory = ""
         if authority:
-            root = stack.root / "tls"
-            self._certificates = {one.name: authority.issue(root / one.name, one.name) for one in services}
-            self.tls_directory = str(authority.issue(root / "client", *CLIENT_NAMES))
+            place = self._root / "tls"
+            self._certificates = {one.name: authority.issue(place / one.name, one.name) for one in services}
+            self.tls_directory = str(authority.issue(place / "client", *CLIENT_NAMES))
         self._leash: Leash | None = None
         self._guard = threading.RLock()  # one change of a pod's process at a time
         self._stopping = threading.Event()
         self._watch: threading.Thread | None = None
         self.pods: list[Pod] = []
-        self.endpoints_file = stack.root / "endpoints.json"
+        self.endpoints_file = self._root / "endpoints.json"
 
     def start(self) -> Self:
         """Prepare the stack, migrate, start all pods side by side, and return when every one is SERVING.

@@ -78,7 +78,7 @@ def secured(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         for service in SERVICES
     ]
     authority = Authority()
-    with Supervisor(stack, services=services, role="api", authority=authority, log=root / "log").start() as pods:
+    with Supervisor(stack, services=services, role="api", authority=authority, root=root).start() as pods:
         yield Secured(pods, authority, root, probes)
 
 

@@ -5,6 +5,7 @@ import base64
 import secrets
 import subprocess
 import sys
+import time
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ from tests.unit.test_access import AUDIENCE, ISSUER, SIGNERS, jwks, signed
 SECRETS = {name: secrets.token_hex(12) for name in ("database", "redis", "kafka", "smtp")}
 SUBJECT_KEY = base64.b64encode(secrets.token_bytes(32)).decode()
 WEBHOOK = f"whsec_{base64.b64encode(secrets.token_bytes(32)).decode()}"
-TOKEN = signed(roles=["shop"])
+TOKEN = signed(roles=["shop"], exp=time.time() + 3600)
 PLANTED = [*SECRETS.values(), SUBJECT_KEY, WEBHOOK.removeprefix("whsec_"), TOKEN, TOKEN.rpartition(".")[2]]
 
 
@@ -54,17 +55,13 @@ class Planted(Supervisor):
 
 
 @pytest.fixture(scope="module")
-def logs(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("logs")
-
-
-@pytest.fixture(scope="module")
-def planted(stack: Stack, logs: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
-    keys = tmp_path_factory.mktemp("keys") / "jwks.json"
+def planted(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Supervisor]:
+    root = tmp_path_factory.mktemp("planted")
+    keys = root / "jwks.json"
     keys.write_text(jwks(**SIGNERS))
     settings = {"HOLDFAST_JWT_ISSUER": ISSUER, "HOLDFAST_JWT_AUDIENCE": AUDIENCE, "HOLDFAST_JWKS_FILE": str(keys)}
     services = [service._replace(database=f"planted_{service.name}", pods=1, settings=settings) for service in SERVICES]
-    with Planted(stack, services=services, authority=Authority(), log=logs).start() as pods:
+    with Planted(stack, services=services, authority=Authority(), root=root).start() as pods:
         yield pods
 
 
@@ -87,7 +84,7 @@ async def failed(call: Any) -> tuple[grpc.StatusCode, str]:
     return error.code(), f"{error!r} {error.initial_metadata()!r} {error.trailing_metadata()!r}"
 
 
-async def test_failures_show_no_secret(planted: Supervisor, client: Holdfast, stack: Stack, logs: Path) -> None:
+async def test_failures_show_no_secret(planted: Supervisor, client: Holdfast, stack: Stack) -> None:
     """A lost table, a lost database, refused logins, dead targets, bad and good tokens."""
     told: list[str] = []
     database = await asyncpg.connect(stack.postgres_dsn("planted_reservation"))
@@ -135,7 +132,7 @@ async def test_failures_show_no_secret(planted: Supervisor, client: Holdfast, st
     assert code is grpc.StatusCode.UNAVAILABLE
     told.append(text)
     planted.stop()
-    everything = "\n".join((*read(logs), *told, *map(str, shown)))
+    everything = "\n".join((*read(planted.pods[0].log.parent), *told, *map(str, shown)))
     # The failures are in it, each said by who met it.
     for sign in ("call failed", "UndefinedTableError", "working without lock", "worker starts again", "Kafka"):
         assert sign in everything, sign

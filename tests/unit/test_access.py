@@ -198,7 +198,7 @@ def jwks(**keys: Any) -> str:
 
 
 def claims(**more: Any) -> dict[str, Any]:
-    return {"iss": ISSUER, "aud": AUDIENCE, "sub": "checkout", "exp": time.time() + 60} | more
+    return {"iss": ISSUER, "aud": AUDIENCE, "sub": "checkout", "exp": time.time() + 3600} | more
 
 
 def signed(algorithm: str = "ES256", key: Any = None, **more: Any) -> str:
@@ -245,7 +245,7 @@ def test_a_token_says_who_calls(verifier: Tokens, algorithm: str) -> None:
         signed(aud="another"),
         signed(aud=["another", "third"]),
         signed(exp=time.time() - 60),
-        signed(nbf=time.time() + 60),
+        signed(nbf=time.time() + 3600),
         signed(sub=7),
         signed(key=ec.generate_private_key(ec.SECP256R1())),
         jwt.encode({name: value for name, value in claims().items() if name != "exp"}, SIGNERS["ES256"], "ES256"),
