@@ -206,7 +206,7 @@ def _overlay(image: str, host: str, ports: dict[str, int]) -> dict[str, Any]:
         ],
         "patches": [
             *outside,
-            patch("Deployment", replace("/spec/template/spec/containers/0/resources/requests/cpu", "20m")),
+            patch("Deployment", replace("/spec/template/spec/containers/0/resources/requests/cpu", "100m")),
             patch("Deployment", replace("/spec/replicas", 1), labelSelector="app.kubernetes.io/component=worker"),
             patch("HorizontalPodAutoscaler", replace("/spec/metrics/0/resource/target/averageUtilization", 100_000)),
             patch(
@@ -234,7 +234,7 @@ def _client(image: str) -> str:
                     "name": "shopper",
                     "image": image,
                     "command": ["python", "-c", wait],
-                    "resources": {"requests": {"cpu": "20m", "memory": "128Mi"}, "limits": limits},
+                    "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": limits},
                     "securityContext": {
                         "allowPrivilegeEscalation": False,
                         "capabilities": {"drop": ["ALL"]},
