@@ -13,6 +13,7 @@ What differs: which of several waiters is next is the seed's choice, and a deadl
 """
 
 import asyncio
+import contextvars
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ import asyncpg
 Key = tuple[Any, ...]
 Row = Mapping[str, Any]
 Place = tuple[str, Key]  # a table's name and a key in it
+SERIAL = {"place", "change", "book", "insert_reservations"}  # transactions of one statement that take several locks
 
 
 class Record(Sequence[Any]):
@@ -244,8 +246,11 @@ Statement = Callable[..., Awaitable[list[Record] | int]]
 class Wire(Protocol):
     """What lies between a pod and the server."""
 
-    async def there(self, what: str) -> str:
-        """Carry a request; returns the fault that it meets: "", "error", "lost before" or "lost after"."""
+    async def there(self, what: str, *, may_fail: bool) -> str:
+        """Carry a request; returns the fault that it meets: "", "error", "lost before" or "lost after".
+
+        An error is a serialization failure; where none may be, because nothing is locked, there is none.
+        """
 
     async def back(self) -> None:
         """Carry an answer."""
@@ -257,7 +262,7 @@ class Wire(Protocol):
 class LocalWire:
     """A wire that takes no time and fails nobody."""
 
-    async def there(self, _what: str) -> str:
+    async def there(self, _what: str, *, may_fail: bool) -> str:  # noqa: ARG002 - nothing fails
         return ""
 
     async def back(self) -> None:
@@ -352,7 +357,7 @@ class Connection:
         """Have the server do something. It goes on with it when the pod is gone or has lost the connection."""
         if self._lost:
             raise asyncpg.InterfaceError("connection is closed")
-        fault = await self._wire.there(what)
+        fault = await self._wire.there(what, may_fail=self._transaction is not None or what in SERIAL)
         if fault == "lost before":
             self._drop()
             raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
@@ -363,7 +368,7 @@ class Connection:
                     self._transaction.roll_back()
                     self._transaction = None
             raise asyncpg.SerializationError("could not serialize access")
-        at_server = asyncio.get_running_loop().create_task(_named(work()))
+        at_server = asyncio.get_running_loop().create_task(_at_server(work()), context=contextvars.Context())
         try:
             answer = await asyncio.shield(at_server)
         except asyncio.CancelledError:
@@ -387,7 +392,7 @@ class Connection:
                 transaction.roll_back()
 
 
-async def _named(work: Awaitable[Any]) -> Any:
+async def _at_server(work: Awaitable[Any]) -> Any:
     return await work
 
 

@@ -8,6 +8,7 @@ asyncio keeps in sets of tasks comes in the same order in every run.
 import asyncio
 import collections
 import contextvars
+import gc
 import random
 from collections.abc import Callable, Coroutine, Generator
 from typing import Any, TypeVar
@@ -43,7 +44,7 @@ class SimLoop(asyncio.BaseEventLoop):
         self._selector = self
         self._ready: collections.deque[asyncio.Handle]
         self._tasks = 0
-        self.on_task: Callable[[asyncio.Task[Any]], None] = lambda _task: None
+        self.on_task: Callable[[asyncio.Task[Any], contextvars.Context], None] = lambda _task, _context: None
         self.set_task_factory(self._make_task)
 
     def time(self) -> float:
@@ -61,6 +62,9 @@ class SimLoop(asyncio.BaseEventLoop):
     def _process_events(self, _events: list[object]) -> None:
         """There are none."""
 
+    def _write_to_self(self) -> None:
+        """Nobody sleeps who would have to be woken."""
+
     def _make_task(
         self,
         _loop: asyncio.AbstractEventLoop,
@@ -68,14 +72,19 @@ class SimLoop(asyncio.BaseEventLoop):
         context: contextvars.Context | None = None,
     ) -> SimTask:
         self._tasks += 1
+        context = context or contextvars.copy_context()
         task = SimTask(self._tasks, coroutine, loop=self, context=context)
-        self.on_task(task)
+        self.on_task(task, context)
         return task
 
 
 def run(loop: SimLoop, main: Coroutine[Any, Any, T]) -> T:
-    """Run `main` to its end, then cancel what it left behind, and close the loop."""
+    """Run `main` to its end, then cancel what it left behind, and close the loop.
+
+    Meanwhile no garbage is collected: when it would be is not the seed's choice.
+    """
     asyncio.set_event_loop(loop)
+    gc.disable()
     try:
         return loop.run_until_complete(main)
     finally:
@@ -85,5 +94,6 @@ def run(loop: SimLoop, main: Coroutine[Any, Any, T]) -> T:
         if left:
             loop.run_until_complete(asyncio.gather(*left, return_exceptions=True))
         loop.run_until_complete(loop.shutdown_asyncgens())
+        gc.enable()
         asyncio.set_event_loop(None)
         loop.close()
