@@ -119,7 +119,10 @@ class Books:
             if was is None or was["version"] != row["version"]:
                 changed.append(name)
                 self.require(row["version"] == (was["version"] if was else 0) + 1, "versions of", name, "have a gap")
-                self.require(was is None or was["state"] not in FINAL, name, "had ended and changed:", was, row)
+                ended = (
+                    was is not None and was["state"] in FINAL
+                )  # an extension may be booked later, and changes nothing
+                self.require(not ended or row["state"] == was["state"], name, "had ended and changed:", was, row)  # type: ignore[index]
             self._reservations[name] = row
         self.require(sorted(changed) == sorted(told), "events are not what changed:", changed, told)
 
@@ -355,9 +358,11 @@ class _Judge:
         require(len(outcomes) <= 1, "one request, several outcomes:", name, outcomes)
         if outcomes:
             require(name in self._reservations, "an answered reservation is not there:", name)
-        rows = self._holds.get(name, ())
-        if rows and not any(row["quantity"] for row in rows):
-            self._refused(rows[0], [call for call in calls if call.asked.lines in winners] or list(calls))
+        for lines in winners or {calls[0].asked.lines}:
+            rows = [row for row in self._holds.get(name, ()) if row["sku"] in {sku for sku, *_ in lines}]
+            same = [call for call in calls if call.asked.lines == lines]
+            if rows and not any(row["quantity"] for row in rows) and (winners or len(same) == len(calls)):
+                self._refused(rows[0], same)
 
     def _granted(self, call: Call, told: reservation_pb2.Reservation) -> None:
         """What was allocated is what was asked for, and is what inventory held."""
@@ -392,10 +397,13 @@ class _Judge:
             self._books.require(False, "refused without a reason:", calls[0].asked, hold)
 
     def _could_be_met(self, asked: Operation, at: datetime) -> bool:
-        """Whether all that ALL, MINIMUM or BEST_EFFORT needs was there in every state of the ledger at this time."""
+        """Whether all that ALL, MINIMUM or BEST_EFFORT needs was there in every state of the ledger at this time.
+
+        A line with a place takes all that it wants before a line without one, even where its minimum would do.
+        """
         demand: dict[Key, int] = defaultdict(int)
         for sku, place, units in asked.lines:
-            demand[sku, place] += {"ALL": units, "MINIMUM": 1, "BEST_EFFORT": 1}[asked.mode]
+            demand[sku, place] += units if asked.mode == "ALL" or (place and asked.mode == "MINIMUM") else 1
         met = []
         for sku in sorted({sku for sku, _ in demand}):
             free = {place: self._free((sku, place), at) for place in PLACES}
@@ -470,7 +478,8 @@ class _Judge:
             case "RESERVATION_EXPIRED":
                 true = any(seconds(row["expires_at"]) <= ended + 1e-5 for row in rows)
             case "RESERVATION_NOT_HELD":
-                true = self._least_held(asked.name, None, 0, ended) == 0
+                skus = {sku for sku, *_ in asked.lines} or {row["sku"] for row in rows}
+                true = all(self._least_held(asked.name, sku, 0, ended) == 0 for sku in skus)
             case "QUANTITY_EXCEEDED":
                 true = any(self._least_held(asked.name, sku, first, ended) < units for sku, _, units in asked.lines)
             case "RESERVATION_NOT_FOUND":
@@ -486,14 +495,14 @@ class _Judge:
                 true = False
         require(true, "refused without a reason:", asked, refusal.reason, refusal.metadata)
 
-    def _least_held(self, hold_id: str, sku: str | None, began: float, ended: float) -> int:
+    def _least_held(self, hold_id: str, sku: str, began: float, ended: float) -> int:
         """The least units of a hold that were held at an instant from `began` to `ended`."""
         moves = sorted(
             (
                 (row["recorded_at"], row["held_delta"], row["kind"])
                 for key, ledger in self._books.ledger.items()
                 for row in ledger
-                if row["hold_id"] == hold_id and (sku is None or key[0] == sku)
+                if row["hold_id"] == hold_id and key[0] == sku
             ),
             key=lambda move: (move[0], move[2] != "HOLD"),
         )

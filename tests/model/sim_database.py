@@ -14,7 +14,7 @@ What differs: which of several waiters is next is the seed's choice, and a deadl
 
 import asyncio
 import contextvars
-from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -353,7 +353,7 @@ class Connection:
         answer: list[Record] | int = await self._round_trip(name, work)
         return answer
 
-    async def _round_trip(self, what: str, work: Callable[[], Awaitable[Any]]) -> Any:
+    async def _round_trip(self, what: str, work: Callable[[], Coroutine[Any, Any, Any]]) -> Any:
         """Have the server do something. It goes on with it when the pod is gone or has lost the connection."""
         if self._lost:
             raise asyncpg.InterfaceError("connection is closed")
@@ -368,7 +368,7 @@ class Connection:
                     self._transaction.roll_back()
                     self._transaction = None
             raise asyncpg.SerializationError("could not serialize access")
-        at_server = asyncio.get_running_loop().create_task(_at_server(work()), context=contextvars.Context())
+        at_server = asyncio.get_running_loop().create_task(work(), context=contextvars.Context())
         try:
             answer = await asyncio.shield(at_server)
         except asyncio.CancelledError:
@@ -390,10 +390,6 @@ class Connection:
                 asyncio.get_running_loop().call_later(seconds, transaction.roll_back)
             else:
                 transaction.roll_back()
-
-
-async def _at_server(work: Awaitable[Any]) -> Any:
-    return await work
 
 
 class _InTransaction:

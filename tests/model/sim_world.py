@@ -11,7 +11,7 @@ import hashlib
 import random
 import zlib
 from collections import Counter
-from collections.abc import Awaitable, Callable, Iterator
+from collections.abc import Awaitable, Callable, Coroutine, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta, tzinfo
@@ -127,9 +127,9 @@ class Pod:
         self.servicer, self.errors, workers = start(self)
         self.run(workers)
 
-    def run(self, work: Awaitable[Any]) -> "asyncio.Task[Any]":
+    def run(self, work: Coroutine[Any, Any, Any]) -> "asyncio.Task[Any]":
         """Run something as a task of this pod."""
-        return self._world.loop.create_task(_awaited(work), context=self.context.copy())
+        return self._world.loop.create_task(work, context=self.context.copy())
 
     def adopt(self, task: "asyncio.Task[Any]") -> None:
         self._tasks[task] = None
@@ -159,10 +159,6 @@ class Pod:
         self.resume()
         for task in list(self._tasks):
             task.cancel()
-
-
-async def _awaited(work: Awaitable[Any]) -> Any:
-    return await work
 
 
 class _Wire:
@@ -351,7 +347,7 @@ class World:
 
         return sim_redis.Client(self.redis, hop)
 
-    def inventory_pod(self, pod: Pod) -> tuple[Any, ErrorMap, Awaitable[None]]:
+    def inventory_pod(self, pod: Pod) -> tuple[Any, ErrorMap, Coroutine[Any, Any, None]]:
         settings = services.inventory.settings.Settings(database_dsn="", pod=pod.name, **self._settings())
         database, client = self._database(pod), self._redis(pod)
         cache = services.inventory.cache.Cache(database, client, local_seconds=0.05, redis_seconds=2, keys_max=100)
@@ -361,7 +357,7 @@ class World:
         workers = services.inventory.workers.Workers(settings, database, commands, client)
         return servicer, services.inventory.servicer.ERRORS, workers.run()
 
-    def reservation_pod(self, pod: Pod) -> tuple[Any, ErrorMap, Awaitable[None]]:
+    def reservation_pod(self, pod: Pod) -> tuple[Any, ErrorMap, Coroutine[Any, Any, None]]:
         settings = services.reservation.settings.Settings(
             database_dsn="",
             pod=pod.name,

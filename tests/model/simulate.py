@@ -17,7 +17,7 @@ from tests.model.sim_run import Result, simulate
 from tests.model.sim_world import Faults
 
 T = TypeVar("T")
-SHRINK_RUNS_MAX = 400
+SHRINK_RUNS_MAX = 200
 Run = Callable[[Plan], Result]
 
 
@@ -32,20 +32,26 @@ def shrink(failing: Plan, run: Run = simulate) -> Plan:
         runs += 1
         return runs <= SHRINK_RUNS_MAX and _kind(run(smaller)) == words
 
-    now = replace(failing, faults=Faults({}, frozenset(first.fired)))
-    if not still(now):
+    parts: dict[str, Sequence[Any]] = {
+        "operations": failing.operations, "events": failing.events, "faults": sorted(first.fired),
+    }  # fmt: skip
+    if not still(_plan(failing, parts)):
         return failing
-    faults = sorted(first.fired)
-    while True:
-        size = len(now.operations) + len(now.events) + len(faults)
-        operations = _reduce(now.operations, lambda some: still(replace(now, operations=tuple(some))))
-        now = replace(now, operations=tuple(operations))
-        events = _reduce(now.events, lambda some: still(replace(now, events=tuple(some))))
-        now = replace(now, events=tuple(events))
-        faults = _reduce(faults, lambda some: still(replace(now, faults=Faults({}, frozenset(some)))))
-        now = replace(now, faults=Faults({}, frozenset(faults)))
-        if len(now.operations) + len(now.events) + len(faults) == size or runs > SHRINK_RUNS_MAX:
-            return now
+    size = -1
+    while size != (size := sum(map(len, parts.values()))):
+        for name, some in parts.items():
+            others = {**parts}
+            parts[name] = _reduce(some, lambda less, of=name, rest=others: still(_plan(failing, {**rest, of: less})))  # type: ignore[misc]
+    return _plan(failing, parts)
+
+
+def _plan(whole: Plan, parts: dict[str, Sequence[Any]]) -> Plan:
+    return replace(
+        whole,
+        operations=tuple(parts["operations"]),
+        events=tuple(parts["events"]),
+        faults=Faults({}, frozenset(parts["faults"])),
+    )
 
 
 def _kind(result: Result) -> str:
