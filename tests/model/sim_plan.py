@@ -8,8 +8,8 @@ from tests.model.sim_world import PODS, Event, Faults
 
 SKUS = ("A", "B", "C")
 PLACES = ("X", "Y")
-CLIENTS = 4
-CALLS_MAX = 14
+CLIENTS = (1, 2, 4, 8)
+CALLS_MAX = (14, 14, 10, 6)
 LIVES = (1, 2, 5, 20)
 LIFE_SECONDS_MAX = 20
 RATES = {
@@ -57,8 +57,10 @@ def plan(seed: int) -> Plan:
     """What the seed plans: swarms differ in what goes wrong, and how often."""
     dice = random.Random(seed)
     operations: list[Operation] = []
-    for client in range(dice.randint(1, CLIENTS)):
-        operations += _client(dice, client, operations)
+    size = dice.randrange(len(CLIENTS))
+    tempo = dice.choice((0.002, 0.05, 0.5, 1.5))
+    for client in range(CLIENTS[size]):
+        operations += _client(dice, client, operations, tempo, CALLS_MAX[size])
     faults = Faults({kind: dice.choice(rates) for kind, rates in RATES.items()})
     events = tuple(
         sorted(
@@ -83,14 +85,13 @@ def _event(dice: random.Random) -> tuple[str, str]:
     return kind, dice.choice(("inventory", "reservation")) if kind == "database away" else ""
 
 
-def _client(dice: random.Random, client: int, others: list[Operation]) -> list[Operation]:
+def _client(dice: random.Random, client: int, others: list[Operation], tempo: float, calls_max: int) -> list[Operation]:
     """A client's calls in their order. It knows what it has reserved, and sometimes repeats anyone's call."""
     made: list[Operation] = []
     mine: list[Operation] = []
-    tempo = dice.choice((0.05, 0.5, 1.5))
-    for number in range(dice.randint(1, CALLS_MAX)):
+    for number in range(dice.randint(1, calls_max)):
         name = f"c{client}-{number}"
-        pause = round(dice.expovariate(1 / tempo), 3)
+        pause = round(dice.expovariate(1 / tempo), 4)
         how: dict[str, Any] = {"patience": dice.choice((0.05, 1.0, 15.0)), "tries": dice.choice((1, 3, 6))}
         what = dice.random()
         if what < 0.35 or not mine:
