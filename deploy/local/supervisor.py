@@ -92,7 +92,7 @@ class Supervisor:
 
     With an `authority` all speak TLS, by certificates that it issues; `tls_directory` has the one for clients.
     `code` is the checkout that a pod runs when it is started next; another one has its own `.venv`. So a release and
-    the one before it are run together. What it writes is in the stack's root, or in `root`, where several share a stack.
+    the one before it are run together. What it writes is in the stack's root, or in `root`, where several share one.
     """
 
     def __init__(
