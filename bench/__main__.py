@@ -212,13 +212,34 @@ class Bench:
             rates = {}
             order = order[::-1]  # whatever the first of a pair has of the machine, each has as often
             for enforcement in order:
-                pods.enforce(enforcement)
+                pods.restart(["reservation"], HOLDFAST_ENFORCEMENT=enforcement)
                 self._reserve("warming up", pods, "reserve-people", seconds=2)
                 name = f"Reserve for people, enforcement {enforcement}"
                 rates[enforcement] = self._reserve(name, pods, "reserve-people").rate
             self._ratio("fraud_tax", rates["open"] / rates["off"])
         self.results.runs.pop("warming up")
-        pods.enforce("open")
+        pods.restart(["reservation"], HOLDFAST_ENFORCEMENT="open")
+
+    def trace_tax(self, pods: Holdfasts) -> None:
+        """With one call in a hundred traced, and with each, over none; a collector takes the spans."""
+        services = ["inventory", "reservation", "analytics"]
+        ratios = {"off": "0", "1 %": "0.01", "100 %": "1"}
+        order = tuple(ratios)
+        with stage.sink() as endpoint:
+            for _ in range(self._scale.pairs):
+                rates = {}
+                order = (*order[1:], order[0])  # whatever the first has of the machine, each has as often
+                for traced in order:
+                    pods.restart(
+                        services, HOLDFAST_OTLP_ENDPOINT="" if traced == "off" else endpoint,
+                        HOLDFAST_TRACE_SAMPLE_RATIO=ratios[traced],
+                    )  # fmt: skip
+                    self._reserve("warming up", pods, seconds=2)
+                    rates[traced] = self._reserve(f"Reserve, traces {traced}", pods).rate
+                self._ratio("trace_tax", rates["1 %"] / rates["off"])
+                self._ratio("trace_tax_full", rates["100 %"] / rates["off"])
+        self.results.runs.pop("warming up")
+        pods.restart(services, HOLDFAST_OTLP_ENDPOINT="")
 
     def following(self, capacity: float) -> None:
         """What one consumer applies a second, of the events that all runs so far have made."""
@@ -289,6 +310,7 @@ class Bench:
             pods = open_.enter_context(stage.holdfast(self._stack, "bench", skus=SKUS, analytics=True))
             self.events_tax(pods)
             self.fraud_tax(pods)
+            self.trace_tax(pods)
             with stage.echo() as echo:
                 with stage.usual(self._stack, skus=SKUS) as usual:
                     capacity, ceiling = self.against_echo_and_the_usual_way(pods, echo, usual)

@@ -8,7 +8,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import asyncpg
@@ -62,7 +62,7 @@ class Holdfasts:
     targets: dict[str, str]
     databases: dict[str, str]
     pids: Pids
-    enforce: Callable[[str], None]  # restarts the reservation pods with this enforcement
+    restart: Callable[..., None]  # restart(services, SETTING="value"): their pods, with these settings from now on
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,12 +114,12 @@ def holdfast(
     All share the topics, so that only the first that runs, and nothing beside it but in role "api", can have
     `analytics`.
     """
-    settings = {"HOLDFAST_ENFORCEMENT": "open"}
+    settings: dict[str, dict[str, str]] = {service.name: {} for service in SERVICES}
     services = [
         service._replace(
             database=f"{name}_{service.name}",
             pods=reservation_pods if service.name == "reservation" else PODS,
-            settings=settings,
+            settings=settings[service.name],
         )
         for service in SERVICES
         if analytics or service.name != "analytics"
@@ -133,13 +133,14 @@ def holdfast(
         asyncio.run(load_mart(dsns["analytics"], skus))
     with Supervisor(stack, services=services, role=role).start() as supervisor:
         pods = {service.name: [pod for pod in supervisor.pods if pod.service is service] for service in services}
-        reservation_pids = [pod.pid for pod in pods["reservation"] if pod.pid]
+        pids = {service.name: [pod.pid for pod in pods.get(service.name, []) if pod.pid] for service in SERVICES}
 
-        def enforce(enforcement: str) -> None:
-            settings["HOLDFAST_ENFORCEMENT"] = enforcement
-            for pod in pods["reservation"]:
-                supervisor.restart(pod)
-            reservation_pids[:] = [pod.pid for pod in pods["reservation"] if pod.pid]
+        def restart(services: Sequence[str], **changed: str) -> None:
+            for changing in services:
+                settings[changing] |= changed
+                for pod in pods[changing]:
+                    supervisor.restart(pod)
+                pids[changing][:] = [pod.pid for pod in pods[changing] if pod.pid]
 
         yield Holdfasts(
             [pod.address for pod in pods["reservation"]],
@@ -147,14 +148,12 @@ def holdfast(
             supervisor.targets,
             dsns,
             {
-                "reservation": reservation_pids,
-                "inventory": [pod.pid for pod in pods["inventory"] if pod.pid],
-                "analytics": [pod.pid for pod in pods.get("analytics", []) if pod.pid],
+                **pids,
                 "database": [stack.pids["PostgreSQL"]],
                 "kafka": [stack.pids["Kafka"]],
                 "redis": [stack.pids["Redis"]],
             },
-            enforce,
+            restart,
         )
 
 
@@ -163,6 +162,13 @@ def echo() -> Iterator[Servers]:
     """As many bare servers as a service has pods."""
     with _servers("bench.echo", {}) as (pods, pids):
         yield Servers(pods, {"server": pids})
+
+
+@contextlib.contextmanager
+def sink() -> Iterator[str]:
+    """The address of a collector that takes spans and throws them away."""
+    with _servers("bench.sink", {}, pods=1) as (pods, _):
+        yield f"http://{pods[0]}"
 
 
 @contextlib.contextmanager
@@ -190,8 +196,8 @@ async def _reservation_tables(dsn: str) -> None:
 
 
 @contextlib.contextmanager
-def _servers(module: str, environment: dict[str, str]) -> Iterator[tuple[list[str], list[int]]]:
-    addresses = [f"127.0.0.1:{free_port()}" for _ in range(PODS)]
+def _servers(module: str, environment: dict[str, str], pods: int = PODS) -> Iterator[tuple[list[str], list[int]]]:
+    addresses = [f"127.0.0.1:{free_port()}" for _ in range(pods)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module],

@@ -19,6 +19,9 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from prometheus_client import Histogram
+
+from shared import metrics, telemetry
 from shared.refusal import Refusal
 
 GATHER_SHARE = 0.9
@@ -36,6 +39,7 @@ class _Waiting(Generic[Item, Result]):
     since: float
     deadline: float
     done: asyncio.Future[Result]
+    span: telemetry.Span | None
 
 
 @dataclass(slots=True)
@@ -58,6 +62,17 @@ class Batcher(Generic[Item, Result]):
     _left_behind: bool = field(default=False, init=False)
     _batch_seconds: float = field(default=0, init=False)
     _worker: asyncio.Task[None] | None = field(default=None, init=False)
+    _items: Histogram = field(init=False)
+    _waited: Histogram = field(init=False)
+    _seconds: Histogram = field(init=False)
+
+    def __post_init__(self) -> None:
+        self._items = metrics.BATCH_ITEMS.labels(self.name)
+        self._waited = metrics.QUEUE_SECONDS.labels(self.name)
+        self._seconds = metrics.BATCH_SECONDS.labels(self.name)
+        for reason in ("full", "slow", "late"):
+            metrics.SHEDS.labels(self.name, reason)  # a counter is at 0 before it is at 1
+        metrics.QUEUE_ITEMS.labels(self.name).set_function(lambda: len(self._queue))
 
     async def submit(
         self, item: Item, *, lines: int = 1, size_bytes: int = 0, seconds_left: float | None = None
@@ -76,11 +91,15 @@ class Batcher(Generic[Item, Result]):
         loop = asyncio.get_running_loop()
         now = loop.time()
         if len(self._queue) >= self.queue_items_max or self._queue_bytes + size_bytes > self.queue_bytes_max:
-            raise self._overloaded(f"more than {self.queue_items_max} calls wait", self.queue_items_max)
+            raise self._overloaded("full", f"more than {self.queue_items_max} calls wait", self.queue_items_max)
         if self._left_behind and now - self._queue[0].since > self.queue_seconds_max:
-            raise self._overloaded(f"calls wait for more than {self.queue_seconds_max} s", self.queue_seconds_max)
+            raise self._overloaded(
+                "slow", f"calls wait for more than {self.queue_seconds_max} s", self.queue_seconds_max
+            )
         deadline = float("inf") if seconds_left is None else now + seconds_left
-        waiting: _Waiting[Item, Result] = _Waiting(item, lines, size_bytes, now, deadline, loop.create_future())
+        waiting: _Waiting[Item, Result] = _Waiting(
+            item, lines, size_bytes, now, deadline, loop.create_future(), telemetry.current()
+        )
         self._queue.append(waiting)
         self._queue_bytes += size_bytes
         if self._worker is None:
@@ -94,11 +113,11 @@ class Batcher(Generic[Item, Result]):
 
     async def _work(self) -> None:
         loop = asyncio.get_running_loop()
+        telemetry.leave()
         while batch := self._take():
             began = loop.time()
             try:
-                results = await self.handle([waiting.item for waiting in batch])
-                assert len(results) == len(batch), f"{self.name}: not one result for each item"
+                results = await self._handled(batch, began - batch[0].since)
             except Exception as error:  # noqa: BLE001 - raised again to each caller
                 results = [error] * len(batch)
             for waiting, result in zip(batch, results, strict=True):
@@ -109,9 +128,23 @@ class Batcher(Generic[Item, Result]):
                 else:
                     waiting.done.set_result(result)
             self._batch_seconds = loop.time() - began
+            self._seconds.observe(self._batch_seconds)
             if len(batch) > 1:
                 await self._gather(len(batch) + len(self._queue), min(self._batch_seconds, GATHER_SECONDS_MAX))
         self._worker = None
+
+    async def _handled(
+        self, batch: Sequence[_Waiting[Item, Result]], oldest_seconds: float
+    ) -> Sequence[Result | Exception]:
+        self._items.observe(len(batch))
+        self._waited.observe(oldest_seconds)
+        told = {"holdfast.batch.calls": len(batch), "holdfast.batch.oldest_seconds": oldest_seconds}
+        with telemetry.batch(self.name, (waiting.span for waiting in batch), told) as span:
+            results = await self.handle([waiting.item for waiting in batch])
+            assert len(results) == len(batch), f"{self.name}: not one result for each item"
+            if span:
+                span.set_attribute("holdfast.batch.refused", sum(isinstance(one, Exception) for one in results))
+            return results
 
     async def _gather(self, callers: int, seconds_max: float) -> None:
         """Wait until most of the callers there are have come (back), at most `seconds_max`."""
@@ -133,6 +166,7 @@ class Batcher(Generic[Item, Result]):
             if waiting.done.done():
                 continue
             if waiting.deadline <= answered_at:
+                metrics.SHEDS.labels(self.name, "late").inc()
                 waiting.done.set_exception(Refusal("DEADLINE_PASSED", "the caller's time is too short for the work"))
                 continue
             batch.append(waiting)
@@ -143,5 +177,6 @@ class Batcher(Generic[Item, Result]):
             self._batch_seconds = 0
         return batch
 
-    def _overloaded(self, message: str, limit: float) -> Refusal:
+    def _overloaded(self, why: str, message: str, limit: float) -> Refusal:
+        metrics.SHEDS.labels(self.name, why).inc()
         return Refusal("OVERLOADED", f"{message}; come back later", queue=self.name, limit=limit)

@@ -6,7 +6,8 @@
             await holdfast.confirm("order-1", "order-1-paid")
 
 Ids are the caller's: a call that failed or was lost is made again with the same ids, and gets its first
-outcome. What a server refuses is raised as `shared.refusal.Refusal`; anything else as grpc.aio.AioRpcError.
+outcome. What a server refuses is raised as `shared.refusal.Refusal`; anything else as grpc.aio.AioRpcError. A call
+carries the W3C context (`traceparent`) of the OpenTelemetry span under way, if there is one.
 """
 
 from collections import Counter
@@ -24,6 +25,7 @@ from holdfast.reservation.v1 import reservation_pb2, reservation_pb2_grpc
 from shared.channel import open_channel
 from shared.errors import refusal_of
 from shared.server import POD_KEY
+from shared.telemetry import traced
 from shared.wire import timestamp
 
 T = TypeVar("T")
@@ -37,11 +39,11 @@ class Holdfast:
     def __init__(self, inventory_target: str, reservation_target: str, analytics_target: str = "") -> None:
         targets = [inventory_target, reservation_target, analytics_target]
         self._channels = [open_channel(target) for target in targets if target]
-        self.inventory = inventory_pb2_grpc.InventoryServiceStub(self._channels[0])
-        self.reservation = reservation_pb2_grpc.ReservationServiceStub(self._channels[1])
-        self.analytics = analytics_pb2_grpc.AnalyticsServiceStub(self._channels[-1])
-        self.fraud = fraud_pb2_grpc.FraudServiceStub(self._channels[-1])
-        self.notifications = notification_pb2_grpc.NotificationServiceStub(self._channels[-1])
+        self.inventory = traced(inventory_pb2_grpc.InventoryServiceStub(self._channels[0]))
+        self.reservation = traced(reservation_pb2_grpc.ReservationServiceStub(self._channels[1]))
+        self.analytics = traced(analytics_pb2_grpc.AnalyticsServiceStub(self._channels[-1]))
+        self.fraud = traced(fraud_pb2_grpc.FraudServiceStub(self._channels[-1]))
+        self.notifications = traced(notification_pb2_grpc.NotificationServiceStub(self._channels[-1]))
         self.pods: Counter[str] = Counter()
 
     async def __aenter__(self) -> Self:

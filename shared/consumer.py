@@ -31,6 +31,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPa
 from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, KafkaError
 
+from shared import metrics, telemetry
 from shared.outbox import partition_of, producer
 
 log = structlog.get_logger(__name__)
@@ -114,6 +115,7 @@ class Consumer:
         self._positions = positions
         self._dlq_times: deque[float] = deque()
         self._at: dict[TopicPartition, int] = {}
+        self._read_to: dict[TopicPartition, int] = {}
         self._buried: set[tuple[str, int, int]] = set()
         self._astray = False
 
@@ -136,11 +138,13 @@ class Consumer:
             await sender.start()
             while True:
                 batches = await consumer.getmany(timeout_ms=1000, max_records=self._batch_messages_max)
+                self._tell_lag(consumer)
                 if batches:
                     async with asyncio.TaskGroup() as group:
                         for partition, messages in batches.items():
                             start = self._at.get(partition, messages[0].offset)
                             batch = Batch(partition, start, messages)
+                            self._read_to[partition] = batch.end
                             group.create_task(self._work(consumer, sender, batch))
                     if self._astray:
                         self._astray = False
@@ -148,8 +152,20 @@ class Consumer:
                     if sum(map(len, batches.values())) < self._batch_messages_max / 2:
                         await asyncio.sleep(self._linger_seconds)
         finally:
+            for topic in self._topics:
+                metrics.CONSUMER_LAG.labels(self._group, topic).set(0)
             await consumer.stop()
             await sender.stop()
+
+    def _tell_lag(self, consumer: AIOKafkaConsumer) -> None:
+        """How far its partitions are behind, as far as the last answers of the brokers tell."""
+        behind = dict.fromkeys(self._topics, 0)
+        for partition in consumer.assignment():
+            end, at = consumer.highwater(partition), self._read_to.get(partition)
+            if end is not None and at is not None:
+                behind[partition.topic] += max(0, end - at)
+        for topic, messages in behind.items():
+            metrics.CONSUMER_LAG.labels(self._group, topic).set(messages)
 
     async def _seek(self, consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition]) -> None:
         """Read on from where the partitions have got to."""
@@ -160,15 +176,23 @@ class Consumer:
 
     async def _work(self, consumer: AIOKafkaConsumer, sender: AIOKafkaProducer, batch: Batch) -> None:
         # A partition that has moved to another member is worked again there; handlers are idempotent.
+        topic = batch.partition.topic
+        told = {
+            "messaging.system": "kafka",
+            "messaging.destination.name": topic,
+            "messaging.consumer.group.name": self._group,
+        }
         try:
-            await self._patiently(sender, batch)
+            with telemetry.processing(f"process {topic}", batch.messages, told):
+                await self._patiently(sender, batch)
+            metrics.CONSUMED.labels(self._group, topic).inc(len(batch.messages))
             if self._positions:
                 self._at[batch.partition] = batch.end
             else:
                 await consumer.commit({batch.partition: batch.end})
         except Elsewhere:
             # Not this partition alone: what has replaced the offsets of one may have replaced all of them.
-            log.warning("partition was worked elsewhere", topic=batch.partition.topic, number=batch.partition.partition)
+            log.warning("partition was worked elsewhere", topic=topic, number=batch.partition.partition)
             self._astray = True
         except (CommitFailedError, IllegalStateError):
             pass
@@ -185,6 +209,7 @@ class Consumer:
             try:
                 await self._handle(batch, bury)
             except Busy as busy:
+                metrics.CONSUMER_WAITS.labels(self._group).inc()
                 log.warning("consumer waits", topic=batch.partition.topic, seconds=wait, why=str(busy))
                 await asyncio.sleep(wait)
                 wait = min(wait * 2, BUSY_SECONDS_MAX)
@@ -202,6 +227,7 @@ class Consumer:
             )
         self._dlq_times.append(now)
         origin = f"{message.topic}/{message.partition}/{message.offset}"
+        metrics.DEAD_LETTERED.labels(self._group).inc()
         log.warning("dead letter", origin=origin, reason=poison.reason)
         kept = [(name, value) for name, value in message.headers if not name.startswith("dlq_")]
         added = [("dlq_reason", poison.reason.encode()), ("dlq_origin", origin.encode())]

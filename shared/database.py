@@ -11,14 +11,17 @@ order whichever side the planner puts first, which is what keeps two batches fro
 
 import asyncio
 import random
+import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import asynccontextmanager
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
+from opentelemetry.trace import SpanKind
 from sqlalchemy.dialects.postgresql import asyncpg as asyncpg_dialect
 from sqlalchemy.sql.expression import Executable
 
+from shared import metrics, telemetry
 from shared.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -62,10 +65,18 @@ def unavailable() -> Refusal:
 
 
 class Database:
-    """A pool on one database. Losing the server raises Refusal(DATABASE_UNAVAILABLE), and soon."""
+    """A pool on one database. Losing the server raises Refusal(DATABASE_UNAVAILABLE), and soon.
 
-    def __init__(self, pool: Pool) -> None:
+    `name` tells its metrics from those of another pool of the process.
+    """
+
+    def __init__(self, pool: Pool, name: str = "main") -> None:
         self._pool = pool
+        self._waited = metrics.DATABASE_WAIT_SECONDS.labels(name)
+        self._held = metrics.DATABASE_SECONDS.labels(name)
+        self._lost = metrics.DATABASE_UNAVAILABLE.labels(name)
+        metrics.DATABASE_CONNECTIONS.labels(name).set_function(lambda: pool.get_size() - pool.get_idle_size())
+        metrics.DATABASE_CONNECTIONS_MAX.labels(name).set_function(pool.get_max_size)
 
     @classmethod
     async def connect(
@@ -76,8 +87,9 @@ class Database:
         connections_max: int = 10,
         timeout_seconds: float = 10,
         planner: Mapping[str, str] = PLANNER,
+        pool_name: str = "main",
     ) -> "Database":
-        """Open the pool; `name` is shown in pg_stat_activity."""
+        """Open the pool; `name` is shown in pg_stat_activity, `pool_name` in metrics."""
         pool = await asyncpg.create_pool(
             dsn,
             min_size=1,
@@ -87,7 +99,7 @@ class Database:
             server_settings={"application_name": name, "timezone": "UTC", **planner},
             reset=_nothing,
         )
-        return cls(pool)
+        return cls(pool, pool_name)
 
     async def close(self) -> None:
         await self._pool.close()
@@ -95,10 +107,18 @@ class Database:
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
         """A connection on which each statement is its own transaction."""
+        began = time.perf_counter()
         try:
             async with self._pool.acquire(timeout=ACQUIRE_SECONDS_MAX) as connection:
-                yield connection
+                acquired = time.perf_counter()
+                self._waited.observe(acquired - began)
+                try:
+                    with telemetry.span("transaction", SpanKind.CLIENT, {"db.system.name": "postgresql"}):
+                        yield connection
+                finally:
+                    self._held.observe(time.perf_counter() - acquired)
         except UNAVAILABLE as error:
+            self._lost.inc()
             raise unavailable() from error
 
     async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
@@ -111,9 +131,16 @@ class Database:
             try:
                 async with self.connection() as connection, connection.transaction():
                     return await work(connection)
-            except RETRIED:
+            except RETRIED as error:
+                metrics.DATABASE_RETRIES.labels(_reason(error)).inc()
                 await asyncio.sleep(random.uniform(0, 0.01 * 2**attempt))  # noqa: S311 - jitter
         raise unavailable()
+
+
+def _reason(error: asyncpg.PostgresError) -> str:
+    if isinstance(error, asyncpg.UniqueViolationError):
+        return "unique"
+    return "deadlock" if isinstance(error, asyncpg.DeadlockDetectedError) else "serialization"
 
 
 def columns(rows: Iterable[Sequence[Any]], count: int) -> list[list[Any]]:

@@ -8,11 +8,13 @@ each pod works as if it held the lock. Every worker under it must therefore do n
 import asyncio
 import contextlib
 import uuid
-from collections.abc import Awaitable, Callable
+from collections.abc import Awaitable, Callable, Iterator
 
 import redis.asyncio as redis
 import structlog
 from redis.exceptions import RedisError
+
+from shared import metrics
 
 log = structlog.get_logger(__name__)
 AWAY = (RedisError, OSError, TimeoutError)
@@ -67,17 +69,30 @@ async def run_alone(
             token = await lock.take()
         except AWAY as error:
             log.warning("working without lock", lock=name, error=type(error).__name__)
-            await _while(work, 0, lambda: _still_away(lock), ttl_seconds / 3)
+            with _held(name):
+                await _while(work, 0, lambda: _still_away(lock), ttl_seconds / 3)
             continue
         if token:
             log.info("lock taken", lock=name, token=token)
             try:
-                await _while(work, token, lambda: _still_ours(lock), ttl_seconds / 3)
+                with _held(name):
+                    await _while(work, token, lambda: _still_ours(lock), ttl_seconds / 3)
+                metrics.LOCKS_LOST.labels(name).inc()
             finally:
                 with contextlib.suppress(*AWAY):
                     await lock.release()
         else:
             await asyncio.sleep(ttl_seconds / 3)
+
+
+@contextlib.contextmanager
+def _held(name: str) -> Iterator[None]:
+    held = metrics.LOCKS_HELD.labels(name)
+    held.set(1)
+    try:
+        yield
+    finally:
+        held.set(0)
 
 
 async def _while(

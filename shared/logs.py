@@ -1,9 +1,14 @@
-"""Structured logs: one JSON object a line on stdout, with the pod's name. Never personal data."""
+"""Structured logs: one JSON object a line on stdout, with the pod's name. Never personal data.
+
+A line that is written within a traced call or batch has its `trace_id` and `span_id`.
+"""
 
 import logging
 import sys
 
 import structlog
+
+from shared import telemetry
 
 
 def configure(*, level: str, style: str, pod: str) -> None:
@@ -13,6 +18,7 @@ def configure(*, level: str, style: str, pod: str) -> None:
     )
     before: list[structlog.typing.Processor] = [
         structlog.contextvars.merge_contextvars,
+        trace,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
         structlog.processors.format_exc_info,
@@ -33,3 +39,13 @@ def configure(*, level: str, style: str, pod: str) -> None:
     )
     logging.basicConfig(handlers=[handler], level=level.upper(), force=True)
     logging.getLogger("aiokafka").setLevel(logging.ERROR)
+
+
+def trace(
+    _logger: structlog.typing.WrappedLogger, _name: str, event: structlog.typing.EventDict
+) -> structlog.typing.EventDict:
+    """Add the ids of what is under way, where it is traced."""
+    if span := telemetry.current():
+        known = span.get_span_context()
+        event["trace_id"], event["span_id"] = f"{known.trace_id:032x}", f"{known.span_id:016x}"
+    return event

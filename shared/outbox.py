@@ -20,7 +20,7 @@ import asyncio
 import time
 import uuid
 import zlib
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from itertools import groupby
@@ -29,8 +29,9 @@ import structlog
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 from aiokafka.producer.message_accumulator import BatchBuilder
+from opentelemetry.trace import SpanKind
 
-from shared import watermark
+from shared import metrics, telemetry, watermark
 from shared.database import Connection, Database
 from shared.refusal import Refusal
 
@@ -62,7 +63,10 @@ class Event:
 
 @dataclass(frozen=True, slots=True)
 class Group:
-    """Events of one type for one topic, in order. The n-th event's id is `event_id` plus n."""
+    """Events of one type for one topic, in order. The n-th event's id is `event_id` plus n.
+
+    `traceparent` is that of the transaction that made them, empty where it was not traced.
+    """
 
     id: int
     event_id: uuid.UUID
@@ -81,12 +85,12 @@ class Source:
     delete: str
 
 
-async def write(connection: Connection, events: Sequence[Event], traceparent: str = "", table: str = "outbox") -> None:
+async def write(connection: Connection, events: Sequence[Event], table: str = "outbox") -> None:
     """Insert events in the caller's transaction, which has locked what they are about."""
     for (topic, kind), part in groupby(events, key=lambda event: (event.topic, event.type)):
         group = list(part)
         keys, payloads = [event.key for event in group], [event.payload for event in group]
-        await connection.execute(INSERT.format(table=table), topic, kind, keys, payloads, traceparent)
+        await connection.execute(INSERT.format(table=table), topic, kind, keys, payloads, telemetry.traceparent())
 
 
 def source(table: str) -> Source:
@@ -121,13 +125,22 @@ class Relay:
             groups = await self._source.peek(connection, groups_max)
         if not groups:
             return 0
-        await self._send(groups)
+        spans = {
+            group.id: span
+            for group in groups
+            if (span := telemetry.follow(f"send {group.topic}", group.traceparent, SpanKind.PRODUCER, _told(group)))
+        }
+        with telemetry.ending(spans.values()):
+            await self._send(groups, {number: telemetry.written(span) for number, span in spans.items()})
         async with self._database.connection() as connection:
             await connection.execute(self._source.delete, [group.id for group in groups])
         return len(groups)
 
-    async def _send(self, groups: Sequence[Group]) -> None:
-        """Fill a batch for each partition and send it when it is full; return when all are acknowledged."""
+    async def _send(self, groups: Sequence[Group], traces: Mapping[int, str]) -> None:
+        """Fill a batch for each partition and send it when it is full; return when all are acknowledged.
+
+        `traces` has what is to be in the messages of traced groups, by the group's id.
+        """
         filling: dict[tuple[str, int], BatchBuilder] = {}
         sent: list[asyncio.Future[object]] = []
 
@@ -137,10 +150,11 @@ class Relay:
 
         for group in groups:
             partitions = len(await self._producer.partitions_for(group.topic))
+            trace = traces.get(group.id, group.traceparent)
             for number, (key, payload) in enumerate(zip(group.keys, group.payloads, strict=True)):
                 raw = key.encode()
                 place = (group.topic, partition_of(raw, partitions))
-                message = {"timestamp": None, "key": raw, "value": payload, "headers": _headers(group, number)}
+                message = {"timestamp": None, "key": raw, "value": payload, "headers": _headers(group, number, trace)}
                 if place not in filling:
                     filling[place] = self._producer.create_batch()
                 if filling[place].append(**message) is None:
@@ -150,6 +164,8 @@ class Relay:
         for place in list(filling):
             await flush(*place)
         await asyncio.gather(*sent)
+        for group in groups:
+            metrics.RELAYED.labels(group.topic).inc(len(group.keys))
 
     async def run(self, *, poll_seconds: float) -> None:
         """Relay until cancelled; wait `poll_seconds` when little was waiting, longer when Kafka is away.
@@ -169,6 +185,7 @@ class Relay:
                     told = time.monotonic()
             except (KafkaError, Refusal) as error:
                 wait = min(max(wait, 0.1) * 2, 5)
+                metrics.RELAY_WAITS.inc()
                 log.warning("relay waits", error=type(error).__name__, seconds=wait)
             await asyncio.sleep(wait)
 
@@ -182,14 +199,22 @@ def partition_of(key: bytes, partitions: int) -> int:
     return zlib.crc32(key) % partitions
 
 
-def _headers(group: Group, number: int) -> list[tuple[str, bytes]]:
+def _told(group: Group) -> telemetry.Attributes:
+    return {
+        "messaging.system": "kafka",
+        "messaging.destination.name": group.topic,
+        "messaging.batch.message_count": len(group.keys),
+    }
+
+
+def _headers(group: Group, number: int, traceparent: str) -> list[tuple[str, bytes]]:
     headers = [
         ("event_id", ((group.event_id.int + number) % EVENT_IDS).to_bytes(16, "big")),
         ("type", group.type.encode()),
         ("schema_version", SCHEMA_VERSION),
     ]
-    if group.traceparent:
-        headers.append(("traceparent", group.traceparent.encode()))
+    if traceparent:
+        headers.append((telemetry.KEY, traceparent.encode()))
     return headers
 
 

@@ -27,9 +27,10 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 
-from shared import reflection
+from shared import metrics, reflection, telemetry
 from shared.channel import KEEPALIVE_MS, MESSAGE_BYTES_MAX
 from shared.errors import DETAILS_KEY, ErrorMap
+from shared.observed import Method
 from shared.refusal import Refusal
 from shared.settings import Settings
 
@@ -63,6 +64,7 @@ class Edge:
         self._waiting_streams: set[asyncio.Task[Any]] = set()
         self._last_call = 0.0
         self._stopping = False
+        metrics.CALLS_IN_FLIGHT.set_function(lambda: len(self._calls) + len(self._waiting_streams))
 
     async def drain(self, seconds_max: float) -> None:
         """Wait until no call comes any more and none is under way; end streams, and what takes too long."""
@@ -78,8 +80,9 @@ class Edge:
         for call in self._calls:
             call.cancel()
 
-    def wrap(self, handler: Any) -> Handler:
+    def wrap(self, method: str, handler: Any) -> Handler:
         """A method's handler with this edge around it."""
+        observed = Method(method.removeprefix("/"), self._errors)
         codec = {
             "request_deserializer": handler.request_deserializer,
             "response_serializer": handler.response_serializer,
@@ -91,37 +94,41 @@ class Edge:
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            made = make(self._stream(handler.stream_stream or handler.unary_stream), **codec)
+            made = make(self._stream(handler.stream_stream or handler.unary_stream, observed), **codec)
             return made
         make = (
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
-        made = make(self._unary(handler.stream_unary or handler.unary_unary), **codec)
+        made = make(self._unary(handler.stream_unary or handler.unary_unary, observed), **codec)
         return made
 
-    def _unary(self, behaviour: Callable[[Any, Context], Awaitable[Any]]) -> Any:
+    def _unary(self, behaviour: Callable[[Any, Context], Awaitable[Any]], observed: Method) -> Any:
         async def call(request: Any, context: Context) -> Any:
             task = _task()
             self._calls.add(task)
             self._last_call = time.monotonic()
+            seen = observed.begin(context)
             try:
                 self._go_on()
                 response = await behaviour(request, context)
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - the one place that maps them all
+                seen.ends_with(self._told(error))
                 await self._abort(error, context)
             else:
                 context.set_trailing_metadata(self._pod)
                 return response
             finally:
                 self._calls.discard(task)
+                seen.end()
 
         return call
 
-    def _stream(self, behaviour: Callable[[Any, Context], AsyncIterator[Any]]) -> Any:
+    def _stream(self, behaviour: Callable[[Any, Context], AsyncIterator[Any]], observed: Method) -> Any:
         async def call(request: Any, context: Context) -> AsyncIterator[Any]:
             task = _task()
             self._waiting_streams.add(task)
             self._last_call = time.monotonic()
+            seen = observed.begin(context)
             try:
                 self._go_on()
                 async for response in behaviour(request, context):
@@ -130,17 +137,23 @@ class Edge:
                     self._waiting_streams.add(task)
                     self._go_on()
             except (Exception, asyncio.CancelledError) as error:  # noqa: BLE001 - as above
+                seen.ends_with(self._told(error))
                 await self._abort(error, context)
             else:
                 context.set_trailing_metadata(self._pod)
             finally:
                 self._waiting_streams.discard(task)
+                seen.end()
 
         return call
 
     def _go_on(self) -> None:
         if self._stopping:
             raise _stopping()
+
+    def _told(self, error: BaseException) -> BaseException:
+        """What the caller is told of an error: a call that stopping has cancelled is refused."""
+        return _stopping() if self._stopping and isinstance(error, asyncio.CancelledError) else error
 
     async def _abort(self, error: BaseException, context: Context) -> None:
         if isinstance(error, grpc.aio.AbortError):
@@ -171,7 +184,7 @@ class _Methods(grpc.GenericRpcHandler):  # type: ignore[type-arg] # not generic 
             handler = self._inner.service(handler_call_details)
             if handler is None:
                 return None
-            self._wrapped[method] = self._edge.wrap(handler)
+            self._wrapped[method] = self._edge.wrap(method, handler)
         return self._wrapped[method]
 
 
@@ -227,17 +240,6 @@ def build(
     return server, edge, checks
 
 
-async def _serve_probes(settings: Settings, checks: HealthServicer) -> Server | None:
-    """Health on a port of its own: a kubelet's probe speaks neither TLS nor tokens."""
-    if not settings.probe_listen:
-        return None
-    server = grpc.aio.server(options=[("grpc.so_reuseport", 0)])
-    health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    server.add_insecure_port(settings.probe_listen)
-    await server.start()
-    return server
-
-
 async def run(
     settings: Settings,
     errors: ErrorMap,
@@ -246,19 +248,16 @@ async def run(
     workers: Coroutine[Any, Any, None] | None,
 ) -> None:
     """Serve an API, with `workers` beside it, until SIGTERM or SIGINT."""
-    working = asyncio.create_task(workers) if workers else None
-    probes = None
-    try:
-        server, edge, checks = build(settings, errors, register, services)
-        probes = await _serve_probes(settings, checks)
-        await serve(server, edge, checks, services, settings.drain_seconds_max)
-    finally:
-        if probes:
-            await probes.stop(None)
-        if working:
-            working.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await working
+    with metrics.serve(settings.metrics_listen):
+        async with telemetry.exporting(settings, errors.domain.partition(".")[0]):
+            working = asyncio.create_task(workers) if workers else None
+            try:
+                await serve(*build(settings, errors, register, services), services, settings.drain_seconds_max)
+            finally:
+                if working:
+                    working.cancel()
+                    with contextlib.suppress(asyncio.CancelledError):
+                        await working
 
 
 async def serve(

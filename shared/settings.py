@@ -13,14 +13,18 @@ class Settings(BaseSettings):
 
     pod: str = Field(default="local", description="The pod's name, in logs and in every answer's metadata.")
     listen: str = Field(default="127.0.0.1:50051", description="Address that the gRPC server binds.")
-    probe_listen: str = Field(
-        default="", description="Address that serves health alone, without TLS, for probes; empty: none."
-    )
     database_dsn: str = Field(repr=False, description="PostgreSQL, as postgresql://user@host:port/database.")
     redis_url: str = Field(default="redis://127.0.0.1:6379/0", repr=False, description="Redis.")
     kafka_bootstrap: str = Field(default="127.0.0.1:9092", description="Kafka brokers, host:port, by comma.")
     log_level: Literal["debug", "info", "warning", "error"] = "info"
     log_format: Literal["json", "console"] = "json"
+    metrics_listen: str = Field(default="", description="Address of /metrics, as host:port; empty: nowhere.")
+    otlp_endpoint: str = Field(
+        default="", description="Collector of traces, OTLP over gRPC, as http(s)://host:port; empty: nothing is traced."
+    )
+    trace_sample_ratio: float = Field(
+        default=0.01, ge=0, le=1, description="Of the calls whose callers have not decided, those that are traced."
+    )
 
     database_connections_max: int = Field(default=10, ge=2, le=200)
     database_timeout_seconds: float = Field(default=10, gt=0, description="For one statement.")

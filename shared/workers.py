@@ -1,17 +1,20 @@
 """How a pod's workers are kept going: alone where one is enough, again after a fault, until cancelled."""
 
 import asyncio
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 import redis.asyncio as redis
 import structlog
 
-from shared.database import Database
+from shared import metrics
+from shared.database import Connection, Database
 from shared.lock import run_alone
 from shared.outbox import OUTBOX, Relay, Source, producer
 
 log = structlog.get_logger(__name__)
 RESTART_SECONDS = 1.0
+MEASURE_SECONDS = 5.0
+OUTBOX_AGE = "SELECT extract(epoch FROM clock_timestamp() - created_at)::float8 FROM {table} ORDER BY id LIMIT 1"
 Work = Callable[[], Awaitable[None]]
 
 
@@ -46,6 +49,7 @@ async def restarting(name: str, work: Work) -> None:
         try:
             await work()
         except Exception as error:  # noqa: BLE001 - whatever it was, the worker must come back
+            metrics.WORKER_RESTARTS.labels(name).inc()
             for one in _leaves(error):
                 log.warning("worker starts again", worker=name, error=type(one).__name__, message=str(one))
         await asyncio.sleep(RESTART_SECONDS)
@@ -67,6 +71,22 @@ async def alone(client: redis.Redis, name: str, work: Work, *, lock_ttl_seconds:
         await restarting(name, work)
 
     await run_alone(client, name, once, ttl_seconds=lock_ttl_seconds)
+
+
+async def measuring(
+    database: Database, outboxes: Sequence[str], measure: Callable[[Connection], Awaitable[None]] | None = None
+) -> None:
+    """Keep the gauges of a service's database fresh, on every pod: what nobody works on is to be seen as well."""
+
+    async def once() -> None:
+        async with database.connection() as connection:
+            for table in outboxes:
+                age = await connection.fetchval(OUTBOX_AGE.format(table=table))
+                metrics.OUTBOX_AGE_SECONDS.labels(table).set(max(0, age or 0))
+            if measure:
+                await measure(connection)
+
+    await restarting("measures", lambda: forever(once, MEASURE_SECONDS))
 
 
 async def relay(

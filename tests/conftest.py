@@ -9,12 +9,13 @@ import redis.asyncio as redis
 
 from deploy.local.analysis import caught_up
 from deploy.local.stack import Stack
-from deploy.local.supervisor import Supervisor
+from deploy.local.supervisor import SERVICES, Supervisor
 from services.inventory.cache import Cache
 from services.inventory.commands import Commands
 from shared.client import Holdfast
 from shared.database import Database
 from shared.migrate import migrate
+from tests.collector import Collector, collecting
 
 
 @pytest.fixture(scope="session")
@@ -69,9 +70,18 @@ def commands(inventory_db: Database, cache: Cache) -> Commands:
 
 
 @pytest.fixture(scope="session")
-def pods(stack: Stack) -> Iterator[Supervisor]:
-    """Two pods of each service, on databases of their own."""
-    with Supervisor(stack).start() as supervisor:
+def collector() -> Iterator[Collector]:
+    """Where the pods send their traces."""
+    with collecting() as running:
+        yield running
+
+
+@pytest.fixture(scope="session")
+def pods(stack: Stack, collector: Collector) -> Iterator[Supervisor]:
+    """Two pods of each service, on databases of their own; what a test changes in their settings it puts back."""
+    traces = {"HOLDFAST_OTLP_ENDPOINT": collector.endpoint}
+    services = [service._replace(settings=dict(traces)) for service in SERVICES]
+    with Supervisor(stack, services=services).start() as supervisor:
         yield supervisor
 
 

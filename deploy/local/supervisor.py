@@ -53,11 +53,12 @@ RESTARTS_WINDOW_SECONDS = 60
 
 @dataclass
 class Pod:
-    """One process of a service. Its port stays the same through restarts; its pid is that of the last process."""
+    """One process of a service. Its ports stay the same through restarts; its pid is that of the last process."""
 
     name: str
     service: Service
     port: int
+    metrics_port: int
     log: Path
     process: subprocess.Popen[bytes] | None = None
     wanted: bool = False  # whether the watch restarts it when it dies
@@ -66,6 +67,10 @@ class Pod:
     @property
     def address(self) -> str:
         return f"127.0.0.1:{self.port}"
+
+    @property
+    def metrics_address(self) -> str:
+        return f"127.0.0.1:{self.metrics_port}"
 
     @property
     def pid(self) -> int | None:
@@ -112,7 +117,7 @@ class Supervisor:
         self._stopping.clear()
         self._leash = Leash()
         self.pods = [
-            Pod(name, service, free_port(), self._stack.log / f"{name}.log")
+            Pod(name, service, free_port(), free_port(), self._stack.log / f"{name}.log")
             for service in self._services
             for name in (f"{service.name}-{ordinal}" for ordinal in range(service.pods))
         ]
@@ -251,7 +256,11 @@ class Supervisor:
             log=pod.log,
             cwd=self.code,
             env=self.environment(pod.service)
-            | {"HOLDFAST_LISTEN": pod.address, "HOLDFAST_POD": pod.name}
+            | {
+                "HOLDFAST_LISTEN": pod.address,
+                "HOLDFAST_METRICS_LISTEN": pod.metrics_address,
+                "HOLDFAST_POD": pod.name,
+            }
             | {f"HOLDFAST_{name.upper()}_TARGET": self.targets[name] for name in pod.service.calls},
         )
         return pod.process
@@ -329,6 +338,7 @@ class Supervisor:
         """Say where everything is, for other programs; replaced whole, so that a reader never sees half of it."""
         content = {
             "targets": self.targets,
+            "metrics": {pod.name: f"http://{pod.metrics_address}/metrics" for pod in self.pods},
             "dsns": {service.name: self._stack.postgres_dsn(service.database) for service in self._services},
             "redis": self._stack.redis_url,
             "kafka": self._stack.kafka_bootstrap,

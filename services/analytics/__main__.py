@@ -46,6 +46,7 @@ async def run(settings: Settings, role: str) -> None:
         connections_max=settings.database_connections_max,
         timeout_seconds=settings.report_seconds_max,
         planner={"jit": "off"},
+        pool_name="reports",
     )
     writes = await Database.connect(
         settings.database_dsn,

@@ -9,7 +9,7 @@ import json
 import time
 import tomllib
 from bisect import bisect_right
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from uuid import uuid4
 
@@ -27,6 +27,7 @@ from services.analytics.alerting import (
     sku_key,
 )
 from services.analytics.domain import Applied, Key, Known
+from shared import metrics, telemetry
 from shared.database import Connection, Database, Record, columns
 
 RULES_SECONDS = 5.0
@@ -59,10 +60,11 @@ OPEN_OF_KEYS = """
 SELECT alert_id, rule_id, kind, alert.key, version, value FROM unnest($1::text[]) AS asked (key)
   JOIN desk.alert ON alert.key = asked.key AND state = 'OPEN'
 """
+# The traces of steps come as an object, by alert: there are seldom any.
 _TOLD = """
-INSERT INTO desk.alert_event (alert_id, version, transition, content)
+INSERT INTO desk.alert_event (alert_id, version, transition, content, traceparent)
 SELECT alert_id, version, CASE WHEN version = 1 THEN 'OPENED' WHEN state = 'CLOSED' THEN 'CLOSED' ELSE 'UPDATED' END,
-       to_jsonb(changed) FROM changed RETURNING alert_id
+       to_jsonb(changed), coalesce({traces}::jsonb ->> alert_id, '') FROM changed RETURNING alert_id
 """
 OPEN = f"""
 WITH changed AS (
@@ -73,7 +75,7 @@ WITH changed AS (
               $9::text[], $10::float8[], $11::float8[], $12::jsonb[], $13::text[])
     AS new (alert_id, rule_id, kind, severity, key, sku, location, name, category, value, open_level, details, state)
   ON CONFLICT (rule_id, key) WHERE state = 'OPEN' DO NOTHING RETURNING *
-) {_TOLD}
+) {_TOLD.format(traces="$14")}
 """  # noqa: S608 - of constants
 # Where the alert is at the version that was judged: a step that somebody else made is not made twice.
 STEP = f"""
@@ -82,7 +84,7 @@ WITH changed AS (
                         closed_at = CASE WHEN step.state = 'CLOSED' THEN now() END
   FROM unnest($1::text[], $2::integer[], $3::float8[], $4::text[]) AS step (alert_id, version, value, state)
   WHERE alert.alert_id = step.alert_id AND alert.version = step.version AND alert.state = 'OPEN' RETURNING alert.*
-) {_TOLD}
+) {_TOLD.format(traces="$5")}
 """  # noqa: S608 - of constants
 CLOSE_ORPHANS = f"""
 WITH changed AS (
@@ -90,7 +92,7 @@ WITH changed AS (
   WHERE state = 'OPEN' AND alert_id = ANY (ARRAY(
     SELECT alert_id FROM desk.alert_rule AS rule JOIN desk.alert ON alert.rule_id = rule.rule_id AND state = 'OPEN'
     WHERE deleted_at IS NOT NULL LIMIT $1)) RETURNING *
-) {_TOLD}
+) {_TOLD.format(traces="'{}'")}
 """  # noqa: S608 - of constants
 DRIFT_UNITS = "SELECT drift_units FROM reconciled WHERE reconciled_at > '-infinity'"
 # Those that somebody can still retry.
@@ -218,11 +220,13 @@ async def close_orphans(connection: Connection) -> int:
 # -- alerts of fraud cases
 
 
-async def fraud_case_opened(connection: Connection, case_id: str, details: Mapping[str, str]) -> None:
+async def fraud_case_opened(
+    connection: Connection, case_id: str, details: Mapping[str, str], traceparent: str = ""
+) -> None:
     """Open an alert of a fraud case for each rule that concerns it; one that is open stays as it is.
 
-    `details` are shown to people and to receivers: nothing secret or personal. `sku`, `location` and `category`
-    among them are what rules and subscriptions may ask for.
+    `traceparent` is that of the decision. `details` are shown to people and to receivers: nothing secret or personal.
+    `sku`, `location` and `category` among them are what rules and subscriptions may ask for.
     """
     reading = Reading(
         case_id, {Kind.FRAUD_CASE: 1}, details.get("sku", ""), details.get("location", ""),
@@ -230,13 +234,13 @@ async def fraud_case_opened(connection: Connection, case_id: str, details: Mappi
     )  # fmt: skip
     # No level to open at but that there is a case: every rule opens above 0, and nothing but the case closes it.
     found = [rule for rule in await rules(connection) if rule.kind is Kind.FRAUD_CASE]
-    await _judge(connection, found, [reading])
+    await _judge(connection, found, [reading], lambda _: traceparent)
 
 
 async def fraud_case_closed(connection: Connection, case_id: str) -> None:
     """Close the alerts of a fraud case; where none is open nothing happens."""
     rows = [row for row in await connection.fetch(OPEN_OF_KEYS, [case_id]) if row["kind"] == Kind.FRAUD_CASE]
-    await _step(connection, [(row["alert_id"], row["version"], row["value"], "CLOSED") for row in rows])
+    await _step(connection, [(row["alert_id"], row["version"], row["value"], "CLOSED") for row in rows], {})
 
 
 # -- steps
@@ -247,21 +251,49 @@ async def _open(connection: Connection, readings: Sequence[Reading]) -> dict[tup
     return {(row["rule_id"], row["key"]): OpenAlert(row["alert_id"], row["version"], row["value"]) for row in rows}
 
 
-async def _judge(connection: Connection, known: Sequence[Rule], readings: Sequence[Reading]) -> int:
+async def _judge(
+    connection: Connection,
+    known: Sequence[Rule],
+    readings: Sequence[Reading],
+    cause: Callable[[Reading], str] = lambda reading: telemetry.traceparent_of(reading.sku),
+) -> int:
+    """Judge what was measured; `cause` tells the trace of what has moved it."""
     changes = list(judge(known, readings, await _open(connection, readings)))
-    opened = [_row(change) for change in changes if change.alert is None]
-    steps = [
-        (change.alert.alert_id, change.alert.version, change.value,
-         "CLOSED" if change.transition is Transition.CLOSED else "OPEN")
-        for change in changes
-        if change.alert
-    ]  # fmt: skip
-    made = await _step(connection, steps)
-    return made + (len(await connection.fetch(OPEN, *columns(opened, 13))) if opened else 0)
+    opened = [(change, _row(change)) for change in changes if change.alert is None]
+    steps = [(change, change.alert) for change in changes if change.alert]
+    traces = {str(row[0]): _trace(change, cause(change.reading)) for change, row in opened}
+    traces |= {alert.alert_id: _trace(change, cause(change.reading)) for change, alert in steps}
+    made = await _step(
+        connection,
+        [
+            (
+                alert.alert_id,
+                alert.version,
+                change.value,
+                "CLOSED" if change.transition is Transition.CLOSED else "OPEN",
+            )
+            for change, alert in steps
+        ],
+        traces,
+    )
+    if opened:
+        made += len(await connection.fetch(OPEN, *columns([row for _, row in opened], 13), json.dumps(traces)))
+    return made
 
 
-async def _step(connection: Connection, steps: Sequence[tuple[str, int, float, str]]) -> int:
-    return len(await connection.fetch(STEP, *columns(steps, 4))) if steps else 0
+async def _step(connection: Connection, steps: Sequence[tuple[str, int, float, str]], traces: Mapping[str, str]) -> int:
+    return len(await connection.fetch(STEP, *columns(steps, 4), json.dumps(traces))) if steps else 0
+
+
+def _trace(change: Change, cause: str) -> str:
+    """The trace of a step: that of its cause, one span on. Empty where that is."""
+    metrics.ALERT_STEPS.labels(change.rule.kind, change.transition).inc()
+    told = {"holdfast.alert.transition": change.transition, "holdfast.sku": change.reading.sku}
+    span = telemetry.follow(f"alert {change.rule.kind}", cause, attributes=told)
+    if span is None:
+        return ""
+    span.end()
+    return telemetry.written(span)
 
 
 def _row(change: Change) -> tuple[object, ...]:

@@ -22,6 +22,7 @@ from datetime import datetime
 from typing import Any, NamedTuple
 
 import structlog
+from opentelemetry.trace import SpanKind
 
 from services.analytics import alerting
 from services.analytics.alerting import Outcome, Patience, QuietHours, Severity, Subscription, key_of
@@ -31,7 +32,7 @@ from services.analytics.channels.file import File
 from services.analytics.channels.mail import Mail
 from services.analytics.channels.webhook import Webhook
 from services.analytics.settings import Settings
-from shared import workers
+from shared import metrics, telemetry, workers
 from shared.database import Connection, Database, Record, columns
 
 log = structlog.get_logger(__name__)
@@ -48,9 +49,9 @@ FORGET_EVENTS = "DELETE FROM desk.alert_event WHERE seq = ANY ($1::bigint[])"
 SUBSCRIPTIONS = "SELECT * FROM desk.subscription WHERE deleted_at IS NULL AND NOT paused ORDER BY subscription_id"
 INSERT_DELIVERIES = """
 INSERT INTO desk.delivery (delivery_id, subscription_id, target_id, alert_id, alert_version, urgent, state, subject,
-                           body, content, due_at, attempts_max)
-SELECT *, $12 FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::text[],
-                          $8::text[], $9::text[], $10::jsonb[], $11::timestamptz[])
+                           body, content, due_at, traceparent, attempts_max)
+SELECT *, $13 FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::integer[], $6::boolean[], $7::text[],
+                          $8::text[], $9::text[], $10::jsonb[], $11::timestamptz[], $12::text[])
 ON CONFLICT DO NOTHING
 """
 DIGESTS_DUE = """
@@ -162,6 +163,7 @@ class Draft(NamedTuple):
     body: str
     content: str
     due_at: datetime
+    traceparent: str = ""
 
 
 async def dispatch(connection: Connection, attempts_max: int) -> int:
@@ -174,7 +176,11 @@ async def dispatch(connection: Connection, attempts_max: int) -> int:
     drafts = []
     for event in events:
         alert = json.loads(event["content"])
-        drafts += [draft(one, alert, event["transition"], now) for one in subscriptions if one.wants(alert)]
+        drafts += [
+            draft(one, alert, event["transition"], now)._replace(traceparent=event["traceparent"])
+            for one in subscriptions
+            if one.wants(alert)
+        ]
     await insert(connection, drafts, attempts_max)
     await connection.execute(FORGET_EVENTS, [event["seq"] for event in events])
     return len(events)
@@ -196,7 +202,7 @@ def draft(subscription: Subscription, alert: Mapping[str, Any], transition: str,
 
 async def insert(connection: Connection, drafts: list[Draft], attempts_max: int) -> None:
     if drafts:
-        await connection.execute(INSERT_DELIVERIES, *columns(drafts, 11), attempts_max)
+        await connection.execute(INSERT_DELIVERIES, *columns(drafts, 12), attempts_max)
 
 
 async def digest(connection: Connection, subscription_id: str, attempts_max: int) -> int:
@@ -257,6 +263,7 @@ class Claim(NamedTuple):
     attempt: int
     attempts_max: int
     failures: int
+    traceparent: str = ""
 
     @property
     def lease(self) -> str:
@@ -310,7 +317,13 @@ class Sender:
     async def _serve(self, target: str) -> None:
         try:
             while not self._stopping and (claim := await self.claim(target)):
-                await self.record(claim, await self.attempt(claim))
+                told = {"holdfast.delivery.attempt": claim.attempt}
+                name = f"deliver {claim.channel}"
+                with telemetry.following(name, claim.traceparent, SpanKind.CLIENT, told) as span:
+                    outcome = await self.attempt(claim)
+                    if span and outcome.error:
+                        span.fail(outcome.error)
+                    await self.record(claim, outcome)
         except Exception as error:  # noqa: BLE001 - it must not take other targets with it
             log.warning("target left for later", target=target, error=type(error).__name__)
 
@@ -335,7 +348,7 @@ class Sender:
         message = Message(row["delivery_id"], row["subject"], row["body"], row["content"])
         claim = Claim(
             row["delivery_id"], target, row["channel"], json.loads(row["config"]), message, row["attempts"] + 1,
-            row["attempts_max"], locked["failures"],
+            row["attempts_max"], locked["failures"], row["traceparent"],
         )  # fmt: skip
         await connection.execute(SENDING, claim.delivery_id)
         await connection.execute(BEGIN_ATTEMPT, claim.delivery_id, claim.attempt, target)
@@ -359,6 +372,8 @@ class Sender:
         """Write down what came of an attempt, and let go of the target."""
         chance = random.random()  # noqa: S311 - jitter
         settled = alerting.settle(outcome, claim.attempt, claim.attempts_max, claim.failures, chance, self._patience)
+        outcomes = {"SENT": "sent", "DEAD": "dead"}
+        metrics.DELIVERIES.labels(claim.channel, outcomes.get(settled.state, "retried")).inc()
         if settled.state == "DEAD":
             log.warning("delivery dead", delivery=claim.delivery_id, error=outcome.error, attempts=claim.attempt)
 

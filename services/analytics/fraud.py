@@ -32,7 +32,7 @@ from services.analytics.judge import Case, Finding, Judge, Policy, Signal, Usage
 from services.analytics.projection import leave, one_by_one, parse, place_of
 from services.analytics.settings import Settings
 from services.analytics.store import Place
-from shared import outbox, partitions
+from shared import metrics, outbox, partitions, telemetry
 from shared.consumer import Batch, Bury, Busy, Elsewhere
 from shared.database import Connection, Database, Record
 from shared.outbox import Event
@@ -118,6 +118,7 @@ class Engine:
             self._judge = None
             return False
         self._seq += len(signals)
+        metrics.FRAUD_SIGNALS.inc(len(signals))
         if changed != self._rules_changed and self._next is None:
             self._next = asyncio.create_task(self._made())
         return True
@@ -154,6 +155,7 @@ class Engine:
         exempt = await cases.exempt(connection, subjects)
         before = {one.case_id for one in known.values()}
         grown: dict[str, Case] = {}
+        causes: dict[str, str] = {}
         blocks = []
         for finding in findings:
             place = (finding.subject, finding.shadow)
@@ -161,15 +163,19 @@ class Engine:
                 continue
             case, is_blocked = grow(known.get(place), finding, self._policy)
             known[place] = grown[case.case_id] = case
+            causes.setdefault(case.case_id, telemetry.traceparent_of(finding.reservation_id))
             if is_blocked:
                 blocks.append(block(case.subject, finding.at, case.blocked_until or finding.at, case.case_id))
         opened = [case for case in grown.values() if case.case_id not in before]
         if grown:
             await cases.write_cases(connection, list(grown.values()), opened)
         for case in opened:
-            if not case.shadow:
-                await alerts.fraud_case_opened(connection, case.case_id, _details(case))
-            log.info("case opened", case=case.case_id, decision=case.decision, score=case.score, shadow=case.shadow)
+            metrics.FRAUD_CASES.labels("SHADOW" if case.shadow else case.decision).inc()
+            with telemetry.following("decide case", causes[case.case_id], attributes=_told(case)) as span:
+                if not case.shadow:
+                    trace = telemetry.written(span) if span else ""
+                    await alerts.fraud_case_opened(connection, case.case_id, _details(case), trace)
+                log.info("case opened", case=case.case_id, decision=case.decision, score=case.score, shadow=case.shadow)
         return blocks
 
     async def _heartbeat(self, connection: Connection) -> Event:
@@ -328,6 +334,15 @@ def release(case_id: str, reservation_ids: Sequence[str]) -> Event:
     """The verdict that reservations are to be cancelled."""
     told = events_pb2.Release(case_id=case_id, reservation_ids=reservation_ids)
     return _verdict(f"release/{case_id}", events_pb2.Verdict(release=told))
+
+
+def _told(case: Case) -> telemetry.Attributes:
+    return {
+        "holdfast.fraud.decision": case.decision,
+        "holdfast.fraud.score": case.score,
+        "holdfast.fraud.rules": len(case.rules),
+        "holdfast.fraud.shadow": case.shadow,
+    }
 
 
 def _details(case: Case) -> dict[str, str]:

@@ -18,7 +18,7 @@ from services.analytics.delivery import Sender
 from services.analytics.desk import Wanted
 from services.analytics.domain import Key
 from services.analytics.settings import Settings
-from shared import workers
+from shared import metrics, workers
 from shared.database import Database
 from shared.wire import EPOCH
 
@@ -78,12 +78,15 @@ class NotificationWorkers:
         try:
             await admin.start()
             await consumer.start()
-            while True:
-                counts = await dead_letters(admin, consumer)
-                await self._database.run(
-                    lambda connection, counts=counts: alerts.judge_system(connection, Kind.DEAD_LETTERS, counts)  # type: ignore[misc]
-                )
-                await asyncio.sleep(self._settings.alert_dlq_poll_seconds)
+            with metrics.measured(metrics.DEAD_LETTERS):
+                while True:
+                    counts = await dead_letters(admin, consumer)
+                    for topic, count in counts.items():
+                        metrics.DEAD_LETTERS.labels(topic).set(count)
+                    await self._database.run(
+                        lambda connection, counts=counts: alerts.judge_system(connection, Kind.DEAD_LETTERS, counts)  # type: ignore[misc]
+                    )
+                    await asyncio.sleep(self._settings.alert_dlq_poll_seconds)
         finally:
             await consumer.stop()
             await admin.close()

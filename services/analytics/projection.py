@@ -16,7 +16,7 @@ from services.analytics import cases, codec, domain, store
 from services.analytics.alerts import Crossings
 from services.analytics.domain import KnownReservation, Movement, Reservation
 from services.analytics.store import Place
-from shared import partitions, watermark
+from shared import metrics, partitions, watermark
 from shared.consumer import Batch, Bury, Busy, Elsewhere, Message, Poison
 from shared.database import Connection, Database
 from shared.refusal import Refusal
@@ -121,6 +121,8 @@ async def write_movements(
     for (sku, location), version in applied.gaps.items():
         log.warning("key stops at a gap", sku=sku, location=location, missing_version=version)
     await store.write_movements(connection, partition, applied, known)
+    for m, _ in applied.rows:
+        metrics.UNITS_MOVED.labels(m.kind).inc(max(abs(m.on_hand_delta), abs(m.held_delta)))
     if crossings:
         await crossings.judge(connection, applied, known)
         returned = [

@@ -15,7 +15,7 @@ import redis.asyncio as redis
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
-from services.analytics import cases, codec, fraud, history, store
+from services.analytics import alerts, cases, codec, fraud, history, store
 from services.analytics.alerts import Crossings
 from services.analytics.channels import Channel
 from services.analytics.domain import Key, Movement
@@ -23,9 +23,10 @@ from services.analytics.fraud import Engine
 from services.analytics.notification_workers import NotificationWorkers
 from services.analytics.projection import Projection, write_movements
 from services.analytics.settings import Settings
-from shared import outbox, partitions, watermark, workers
+from shared import metrics, outbox, partitions, watermark, workers
 from shared.consumer import Consumer, Poison
 from shared.database import Connection, Database
+from shared.wire import EPOCH
 
 log = structlog.get_logger(__name__)
 GROUP = "holdfast.analytics"
@@ -86,6 +87,7 @@ class Workers:
         }
         async with asyncio.TaskGroup() as group:
             group.create_task(workers.restarting("projection", self._follower().run))
+            group.create_task(workers.measuring(self._database, (cases.OUTBOX,), measure))
             for name, work in alone.items():
                 group.create_task(
                     workers.alone(self._redis, f"analytics:{name}", work, lock_ttl_seconds=settings.lock_ttl_seconds)
@@ -147,6 +149,16 @@ class Workers:
         oldest = datetime.now(UTC) - timedelta(days=31 * self._settings.retention_months)
         for table in await self._database.run(lambda connection: store.drop_old(connection, oldest)):
             log.info("dropped", table=table)
+
+
+async def measure(connection: Connection) -> None:
+    """The gauges of the mart and of deliveries. What has not been measured yet is not told."""
+    fresh = await history.freshness(connection)
+    if fresh.as_of != EPOCH:
+        metrics.MART_LAG_SECONDS.set(fresh.lag.total_seconds())
+    metrics.MART_KEYS_STOPPED.set(fresh.keys_stopped)
+    metrics.DRIFT_UNITS.labels("mart").set(await connection.fetchval(alerts.DRIFT_UNITS) or 0)
+    metrics.DELIVERIES_DEAD.set(await connection.fetchval(alerts.DEAD_DELIVERIES))
 
 
 def _this_month() -> datetime:

@@ -22,6 +22,7 @@ from redis.exceptions import RedisError
 
 from services.inventory import store
 from services.inventory.domain import Key, Reason, Stock
+from shared import metrics
 from shared.database import Database
 from shared.refusal import Refusal
 
@@ -112,6 +113,7 @@ class Cache:
         for key, version in least.items():
             if seen := self.local(Ask(key, version)):
                 found[key] = seen
+        in_memory = len(found)
         missing = [key for key in least if key not in found]
         through_redis = bool(missing) and self._worth_asking()
         if through_redis:
@@ -120,6 +122,9 @@ class Cache:
                     found[key] = seen
                     self._remember(seen)
             missing = [key for key in least if key not in found]
+        metrics.CACHE_READS.labels("memory").inc(in_memory)
+        metrics.CACHE_READS.labels("redis").inc(len(found) - in_memory)
+        metrics.CACHE_READS.labels("database").inc(len(missing))
         if missing:
             found |= await self._from_database(missing, tell_redis=through_redis)
         return [self._answer(ask, found[ask.key]) for ask in asks]

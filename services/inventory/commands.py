@@ -35,7 +35,7 @@ from services.inventory.domain import (
     Shelf,
     Stock,
 )
-from shared import outbox
+from shared import metrics, outbox
 from shared.database import RETRIED, Connection, Database, Record
 from shared.refusal import Refusal
 from shared.workers import turns
@@ -202,6 +202,7 @@ class Commands:
         rows = await store.expired_on_keys(connection, keys, now)
         for row in rows:
             shelf.move(row.key, Kind.EXPIRE, held=-row.held, hold_id=row.hold_id)
+            metrics.EXPIRY_DELAY_SECONDS.observe((now - row.expires_at).total_seconds())
         await store.move_holds(connection, Kind.EXPIRE, [(row, row.held) for row in rows])
         return len(rows)
 

@@ -23,7 +23,7 @@ from services.inventory.domain import (
 )
 from services.inventory.settings import Settings
 from services.inventory.watch import Watch
-from shared import check, pages
+from shared import check, metrics, pages
 from shared.batching import Batcher
 from shared.database import Database
 from shared.errors import ErrorMap
@@ -225,6 +225,8 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
         near = [self._cache.local(ask) for ask in asks]
         if None in near:
             near = [_value(read) for read in await self._submit(self._read, asks, context)]
+        else:
+            metrics.CACHE_READS.labels("memory").inc(len(near))
         seen = iter(near)
         open_skus = [sku for (sku, location), _ in keys if not location]
         sums = await self._sums(open_skus) if open_skus else {}

@@ -27,7 +27,7 @@ from services.inventory.domain import (
     ShortLine,
     Stock,
 )
-from shared import partitions
+from shared import partitions, telemetry
 from shared.database import Connection, Record, fetch
 
 COUNTERS = "on_hand, stock.held, safety_stock, backorder_limit, short, stock.version, stock.active"
@@ -350,6 +350,13 @@ BALANCE = _BALANCE.format(page="SELECT * FROM stock WHERE (sku, location) > ($1,
 BALANCE_OF = _BALANCE.format(
     page="SELECT stock.* FROM unnest($1::text[], $2::text[]) AS key (sku, location) JOIN stock USING (sku, location)"
 )
+# For whoever watches: how many holds are open, as far as it is worth counting, and how long the oldest expired one
+# waits to be given back.
+MEASURE_HOLDS = """
+SELECT (SELECT count(*) FROM (SELECT FROM hold WHERE held > 0 LIMIT 100000) AS counted) AS open,
+       coalesce(extract(epoch FROM clock_timestamp() - min(expires_at)), 0)::float8 AS overdue_seconds
+FROM hold WHERE held > 0 AND expires_at <= now()
+"""
 LOCK_SKU = "UPDATE sku SET version = version WHERE sku = $1 RETURNING *"
 LOCK_LOCATION = "UPDATE location SET version = version WHERE location = $1 RETURNING *"
 INSERT_SKUS = """
@@ -429,9 +436,7 @@ def _stock(row: Record) -> Stock:
     return Stock(*tuple(row)[:9])
 
 
-async def place(
-    connection: Connection, holds: Sequence[HoldRequest], traceparent: str = ""
-) -> tuple[dict[Key, Stock], datetime]:
+async def place(connection: Connection, holds: Sequence[HoldRequest]) -> tuple[dict[Key, Stock], datetime]:
     """Place holds whose lines all name their location, and commit; the stock afterwards, and the time.
 
     Raises asyncpg.DivisionByZeroError where a key is short, UniqueViolationError where a hold is known.
@@ -459,7 +464,7 @@ async def place(
     ids, quantities, running_sums, slot_numbers, skus, locations, fingerprints, ttls = zip(*ordered, strict=True)
     rows = await connection.fetch(
         PLACE, *split(demand), ids, quantities, running_sums, skus, slot_numbers, locations, fingerprints, ttls,
-        traceparent,
+        telemetry.traceparent(),
     )  # fmt: skip
     return {(row["sku"], row["location"]): _stock(row) for row in rows}, rows[0]["time"]
 
@@ -467,7 +472,6 @@ async def place(
 async def change(
     connection: Connection,
     changes: Sequence[tuple[HoldChange, Sequence[tuple[HoldRow, int]], Sequence[Allocation], datetime]],
-    traceparent: str = "",
 ) -> tuple[dict[Key, Stock], datetime]:
     """Commit and release, and commit; answers as `place` does.
 
@@ -504,7 +508,7 @@ async def change(
         *split(row for key in sorted(moves) for row in moves[key]),
         *split((*slot, *slots[slot]) for slot in sorted(slots)),
         *split(_change_rows((change, allocations, until) for change, _, allocations, until in changes)),
-        traceparent,
+        telemetry.traceparent(),
     )
     return {(row["sku"], row["location"]): _stock(row) for row in rows}, rows[0]["time"]
 
@@ -721,9 +725,7 @@ async def insert_requests(connection: Connection, requests: Iterable[Request]) -
         await connection.execute(INSERT_REQUESTS, *split(rows))
 
 
-async def insert_movements(
-    connection: Connection, movements: Sequence[Movement], now: datetime, traceparent: str = ""
-) -> None:
+async def insert_movements(connection: Connection, movements: Sequence[Movement], now: datetime) -> None:
     """Write movements into the ledger, and tell the relay where they stand."""
     if not movements:
         return
@@ -735,7 +737,7 @@ async def insert_movements(
         )
         for m in movements
     )  # fmt: skip
-    await connection.execute(INSERT_MOVEMENTS, *columns, now, traceparent)
+    await connection.execute(INSERT_MOVEMENTS, *columns, now, telemetry.traceparent())
 
 
 async def unsent_movements(
@@ -799,6 +801,13 @@ async def balance_of(connection: Connection, keys: Iterable[Key]) -> list[Drift]
     """The drift of keys, which the caller has locked."""
     rows = await connection.fetch(BALANCE_OF, *split(sorted(keys)))
     return [drift(row) for row in rows if row["drifted"]]
+
+
+async def measure_holds(connection: Connection) -> tuple[int, float]:
+    """How many rows of holds are open, and for how many seconds the oldest expired one has waited."""
+    row = await connection.fetchrow(MEASURE_HOLDS)
+    assert row is not None
+    return row["open"], row["overdue_seconds"]
 
 
 async def make_partitions(connection: Connection, today: datetime, months_ahead: int) -> None:

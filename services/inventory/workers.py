@@ -17,7 +17,7 @@ from services.inventory import codec, requests, store
 from services.inventory.commands import Commands
 from services.inventory.domain import Adjustment, Reason
 from services.inventory.settings import Settings
-from shared import check, workers
+from shared import check, metrics, workers
 from shared.consumer import Batch, Bury, Busy, Consumer, Message, Poison
 from shared.database import Connection, Database
 from shared.outbox import OUTBOX, Group, Source
@@ -63,7 +63,7 @@ class Workers:
             "sweeper": lambda: workers.forever(
                 lambda: workers.in_turns("holds expired", self._commands.sweep), settings.sweep_poll_seconds
             ),
-            "reconciler": lambda: workers.forever(self._reconcile, settings.reconcile_poll_seconds),
+            "reconciler": self._reconciling,
             "partitions": lambda: workers.forever(self._partitions, PARTITIONS_SECONDS),
         }
         async with asyncio.TaskGroup() as group:
@@ -72,13 +72,19 @@ class Workers:
                     workers.alone(self._redis, f"inventory:{name}", work, lock_ttl_seconds=settings.lock_ttl_seconds)
                 )
             group.create_task(workers.restarting("commands", self._commands_consumer().run))
+            group.create_task(workers.measuring(self._database, ("movement_outbox", "outbox"), measure))
 
     async def _partitions(self) -> None:
         async with self._database.connection() as connection:
             await store.make_partitions(connection, datetime.now(UTC), MONTHS_AHEAD)
 
+    async def _reconciling(self) -> None:
+        with metrics.measured(metrics.DRIFT_UNITS):
+            await workers.forever(self._reconcile, self._settings.reconcile_poll_seconds)
+
     async def _reconcile(self) -> None:
         drifted, first = await self._commands.reconcile()
+        metrics.DRIFT_UNITS.labels("ledger").set(sum(drift.units for drift in first))
         if drifted:
             log.error("keys drift", keys=drifted, shown=len(first))
         for drift in first:
@@ -93,6 +99,13 @@ class Workers:
             lambda batch, bury: obey(self._commands, batch, bury),
             dlq_messages_max=self._settings.dlq_messages_max,
         )
+
+
+async def measure(connection: Connection) -> None:
+    """The gauges of holds."""
+    count, overdue_seconds = await store.measure_holds(connection)
+    metrics.HOLDS_OPEN.set(count)
+    metrics.EXPIRY_OVERDUE_SECONDS.set(overdue_seconds)
 
 
 async def obey(commands: Commands, batch: Batch, bury: Bury) -> None:

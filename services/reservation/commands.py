@@ -26,6 +26,7 @@ from services.reservation.domain import (
 from services.reservation.guard import Guard
 from services.reservation.inventory import Inventory
 from services.reservation.subjects import Identity, Lately, Subjects
+from shared import metrics
 from shared.database import ATTEMPTS_MAX, RETRIED, Connection, Database, unavailable
 from shared.refusal import Refusal
 
@@ -92,6 +93,8 @@ class Commands:
         Who is refused by the guard may still be known: a retry gets its first outcome.
         """
         refused = self._guard.judge(asks, datetime.now(UTC)) if self._guard else {}
+        for refusal in refused.values():
+            metrics.FRAUD_REFUSALS.labels(refusal.reason).inc()
         held: dict[str, Held] = {}
         try:
             admitted = [ask for ask in asks if ask.reservation_id not in refused]
@@ -104,6 +107,10 @@ class Commands:
                     decided.append((ask, answer))
             made = await self._insert(decided)
             held = {ask.reservation_id: answer for ask, answer in decided if ask.reservation_id in made}
+            got = sum(bool(answer.allocations) for answer in held.values())
+            metrics.RESERVATIONS.labels("held").inc(got)
+            metrics.RESERVATIONS.labels("rejected").inc(len(held) - got)
+            metrics.RESERVATIONS.labels("refused").inc(len(refused))
         finally:
             if self._guard:
                 self._guard.settle(held)
@@ -251,6 +258,8 @@ class Commands:
         rows = [(was, replace(now, version=was.version + 1), by) for was, now, by in settled]
         events = [(was, now, self._event(codec.reservation(now), now.key_id, by)) for was, now, by in rows]
         await store.book(connection, events, decided, codec.CHANGES_TOPIC, codec.CHANGED_TYPE)
+        for change, refusal in decided:
+            metrics.RESERVATION_CHANGES.labels("refused" if refusal else change.action.lower()).inc()
         return {now.reservation_id: now for _, now, _ in rows}
 
     async def drive_on(self, age_seconds: float) -> int:
@@ -287,6 +296,7 @@ class Commands:
         after = {name: domain.book_expiry(before[name], answer) for name, answer in expired.items()}
         ended = [(before[name], now, "") for name, now in after.items() if now is not before[name]]
         await self._write(connection, ended)
+        metrics.RESERVATION_CHANGES.labels("expire").inc(len(ended))
         return len(ended)
 
 

@@ -7,6 +7,7 @@ import grpc
 from holdfast.inventory.v1 import error_reason_pb2, inventory_pb2, inventory_pb2_grpc
 
 from services.reservation.domain import Action, Ask, Change, Changed, Held, Mode, Reason, Reservation, ShortLine
+from shared import telemetry
 from shared.errors import refusal_of
 from shared.refusal import Refusal
 from shared.wire import duration, moment
@@ -33,7 +34,7 @@ class Inventory:
     """Calls over one balanced channel. What cannot be reached is Refusal INVENTORY_UNAVAILABLE."""
 
     def __init__(self, channel: grpc.aio.Channel) -> None:
-        self._stub = inventory_pb2_grpc.InventoryServiceStub(channel)
+        self._stub = telemetry.traced(inventory_pb2_grpc.InventoryServiceStub(channel))
 
     async def place(self, asks: Sequence[Ask]) -> list[Held | Refusal]:
         """Place a hold for each, by its reservation id."""

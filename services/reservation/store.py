@@ -24,6 +24,7 @@ from services.reservation.domain import (
     State,
 )
 from services.reservation.subjects import Identity, Kind
+from shared import telemetry
 from shared.database import Connection, Record, columns, fetch
 from shared.refusal import Refusal
 
@@ -150,7 +151,6 @@ async def insert(
     key_id: str,
     topic: str,
     kind: str,
-    traceparent: str = "",
 ) -> None:
     """Insert reservations, each with the payload of its event, and the hashes in these, and commit.
 
@@ -175,7 +175,7 @@ async def insert(
     payloads = [payload for _, _, payload in ordered]
     await connection.execute(
         INSERT, *columns(rows, 12), *columns(lines, 8), *columns(allocations, 4), topic, kind, key_id,
-        *columns(hashes, 3), payloads, traceparent,
+        *columns(hashes, 3), payloads, telemetry.traceparent(),
     )  # fmt: skip
 
 
@@ -280,7 +280,6 @@ async def book(
     decided: Iterable[tuple[Change, Refusal | None]],
     topic: str,
     kind: str,
-    traceparent: str = "",
 ) -> None:
     """Write reservations (as read, as they now are, the payload of the event) and what became of changes.
 
@@ -306,7 +305,7 @@ async def book(
     ]
     await connection.execute(
         BOOK, *columns(rows, 5), *columns(changes, 4), *columns(allocations, 7), topic, kind,
-        [payload for _, _, payload in ordered], traceparent,
+        [payload for _, _, payload in ordered], telemetry.traceparent(),
     )  # fmt: skip
 
 

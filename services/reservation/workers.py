@@ -58,6 +58,7 @@ class Workers:
                     workers.alone(self._redis, f"reservation:{name}", job, lock_ttl_seconds=settings.lock_ttl_seconds)
                 )
             group.create_task(workers.restarting("releases", self._releases().run))
+            group.create_task(workers.measuring(self._database, ("outbox",)))
 
     def _releases(self) -> Consumer:
         return Consumer(

@@ -5,6 +5,7 @@ from datetime import timedelta
 from functools import partial
 from pathlib import Path
 
+import aiohttp
 import asyncpg
 import pytest
 import redis.asyncio as redis
@@ -16,11 +17,13 @@ from deploy.local.analysis import caught_up
 from deploy.local.stack import Stack
 from deploy.local.supervisor import Supervisor
 from shared.client import Holdfast
+from tests.collector import Collector, calling
 from tests.e2e.shop import goods, new
 
 # Of the documentation's ranges, in networks that no other test uses.
 V4, V4_NETWORK = "198.51.100.231", "198.51.100.0/24"
 V6, V6_NETWORK = "2001:db8:5afe:77::9d", "2001:db8:5afe::/48"
+CHANGES = "holdfast.reservation.changes.v1"
 TEXTUAL = """
 SELECT table_schema, table_name, column_name FROM information_schema.columns
 WHERE table_schema NOT IN ('pg_catalog', 'information_schema')
@@ -74,6 +77,19 @@ async def of_redis(url: str) -> bytes:
         return b"\n".join([part for key in keys for part in (key, await client.dump(key) or b"")])
 
 
+async def of_metrics(pods: Supervisor) -> bytes:
+    async with aiohttp.ClientSession() as http:
+        answers = [await http.get(f"http://{pod.metrics_address}/metrics") for pod in pods.pods]
+        return b"\n".join([await answer.read() for answer in answers])
+
+
+def of_traces(collector: Collector, trace: str) -> bytes:
+    """Every span, once those of the calls of `trace` have come."""
+    wanted = {"batch reserves", "batch changes", f"process {CHANGES}"}
+    collector.wait(trace, lambda spans: wanted <= {span.name for span in spans})
+    return b"\n".join(collector.raw)
+
+
 def of_logs(pods: Supervisor) -> bytes:
     files: list[Path] = [pod.log for pod in pods.pods]
     return b"\n".join(file.read_bytes() for file in files)
@@ -106,11 +122,12 @@ async def orders(holdfast: Holdfast, customer: str, device: str) -> dict[str, rp
 
 
 async def test_personal_data_leaves_reservation_only_as_hashes(
-    holdfast: Holdfast, pods: Supervisor, stack: Stack
+    holdfast: Holdfast, pods: Supervisor, stack: Stack, collector: Collector
 ) -> None:
-    """No topic, no table of analytics, no log and no cache has a clear value; the API gives them back."""
+    """No topic, no table of analytics, no log, no cache and no trace has a clear value; the API gives them back."""
     customer, device = new("Customer"), new("Device")
-    made = await orders(holdfast, customer, device)
+    with calling(sampled=True) as (trace, _):
+        made = await orders(holdfast, customer, device)
     await caught_up(holdfast)
     places = {
         "Kafka": await of_kafka(stack.kafka_bootstrap),
@@ -118,6 +135,8 @@ async def test_personal_data_leaves_reservation_only_as_hashes(
         "inventory": await of_database(stack.postgres_dsn("inventory")),
         "Redis": await of_redis(stack.redis_url),
         "logs": of_logs(pods),
+        "metrics": await of_metrics(pods),
+        "traces": await asyncio.to_thread(of_traces, collector, trace),
     }
     clear = [customer, device, V4, V6, V4_NETWORK.removesuffix("0/24"), V6_NETWORK.removesuffix("::/48")]
     found = [(place, value) for place, content in places.items() for value in clear if value.encode() in content]
@@ -128,6 +147,7 @@ async def test_personal_data_leaves_reservation_only_as_hashes(
     assert list(await holdfast.resolve([one.subject for one in hashes] + ["customer:k1:unknown"])) == hashes
     for one in hashes:
         assert one.subject.encode() in places["Kafka"]
+        assert one.subject.encode() not in places["traces"] + places["metrics"]
     assert hashes[0].subject.encode() in places["analytics"]
     for name, state in made.items():
         known = await holdfast.get(name)
