@@ -55,13 +55,14 @@ k8s-test: gen ## Deploy to the cluster of KUBECONFIG, from HOLDFAST_IMAGE, which
 	  { echo 'make k8s-test needs KUBECONFIG and HOLDFAST_IMAGE=NAME:TAG (docs/kubernetes.md, Trying it)'; exit 1; }
 	@$(BIN)/python -m pytest tests/k8s/cluster -s -v $(ARGS)
 
-lint: gen ## Check style, types, imports and contracts
+lint: gen ## Check style, types, imports, contracts and dependencies
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/lint-imports
 	$(BIN)/buf lint
 	$(BIN)/buf format --diff --exit-code
+	$(BIN)/python -m deploy.dependencies
 	@if git ls-tree -r --name-only $(BREAKING_BASE) 2>/dev/null | grep -q '^protos/'; then \
 	  echo '$(BIN)/buf breaking (against $(BREAKING_BASE))'; $(BIN)/buf breaking --against '.git#ref=$(BREAKING_BASE)'; fi
 

@@ -12,6 +12,7 @@ import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import psutil
 from rich.console import Console
@@ -21,6 +22,7 @@ from bench import analytics, load, stage
 from bench.load import Processes, Run, ghz, measure
 from bench.report import Results
 from bench.stage import Holdfasts, Servers
+from deploy.local.certificates import Authority
 from deploy.local.stack import REPOSITORY, Stack, StackError
 from services.analytics import codec
 from shared.migrate import migrate
@@ -80,20 +82,20 @@ class Bench:
 
     def _call(
         self, name: str, pods: Sequence[str], pids: load.Pids, config: str = "reserve", *,
-        seconds: float = 0, rate: float = 0, deadline_seconds: float = load.CALL_SECONDS_MAX,
+        seconds: float = 0, rate: float = 0, deadline_seconds: float = load.CALL_SECONDS_MAX, tls_directory: str = "",
     ) -> Run:  # fmt: skip
         def start() -> Processes:
             return ghz(
                 self._ghz, config, pods, seconds=seconds or self._scale.seconds, rate=rate,
-                deadline_seconds=deadline_seconds,
+                deadline_seconds=deadline_seconds, tls_directory=tls_directory,
             )  # fmt: skip
 
         return self._run(name, start, pids)
 
-    def _reserve(self, name: str, pods: Holdfasts, config: str = "reserve", **more: float) -> Run:
-        return self._call(name, pods.reservation, pods.pids, config, **more)
+    def _reserve(self, name: str, pods: Holdfasts, config: str = "reserve", **more: Any) -> Run:
+        return self._call(name, pods.reservation, pods.pids, config, tls_directory=pods.tls_directory, **more)
 
-    def _other(self, name: str, servers: Servers, config: str = "reserve", **more: float) -> Run:
+    def _other(self, name: str, servers: Servers, config: str = "reserve", **more: Any) -> Run:
         return self._call(name, servers.pods, servers.pids, config, **more)
 
     # -- the keys ---------------------------------------------------------------------------------
@@ -241,6 +243,21 @@ class Bench:
         self.results.runs.pop("warming up")
         pods.restart(services, HOLDFAST_OTLP_ENDPOINT="")
 
+    def tls_tax(self) -> None:
+        """With a certificate on every side and callers looked up in the table, over plaintext and everybody."""
+        with (
+            stage.holdfast(self._stack, "clear", skus=SKUS) as clear,
+            stage.holdfast(self._stack, "secured", skus=SKUS, authority=Authority()) as secured,
+        ):
+            order = {"without TLS": clear, "with TLS": secured}
+            for pods in order.values():
+                self._reserve("warming up", pods, seconds=2)
+            self.results.runs.pop("warming up")
+            for _ in range(self._scale.pairs):
+                order = dict(reversed(order.items()))
+                rates = {how: self._reserve(f"Reserve {how}", pods).rate for how, pods in order.items()}
+                self._ratio("tls_tax", rates["with TLS"] / rates["without TLS"])
+
     def following(self, capacity: float) -> None:
         """What one consumer applies a second, of the events that all runs so far have made."""
         for name, topics, key in (
@@ -323,6 +340,7 @@ class Bench:
             self.results.notes["backtest_per_s"] = round(asyncio.run(analytics.backtested(pods.databases["analytics"])))
         self.following(capacity)
         self.history()
+        self.tls_tax()
         self.pairs()
         self.results.notes |= {
             "reservations": made,

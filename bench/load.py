@@ -101,6 +101,7 @@ def ghz(
     rate: float = 0,
     deadline_seconds: float = CALL_SECONDS_MAX,
     data: Path | None = None,
+    tls_directory: str = "",
 ) -> Processes:
     """Start ghz against each pod, callers or calls a second shared among them; with `rate` it is an open loop."""
     share = max(callers // len(pods), 1)
@@ -113,6 +114,10 @@ def ghz(
         ]  # fmt: skip
         if rate:
             arguments += ["--rps", str(max(round(rate / len(pods)), 1)), "--async"]
+        if tls_directory:
+            files = {"--cacert": "ca.crt", "--cert": "tls.crt", "--key": "tls.key"}
+            arguments.append("--no-insecure")
+            arguments += [part for flag, name in files.items() for part in (flag, f"{tls_directory}/{name}")]
         if data:
             arguments += ["-D", str(data)]
         processes.append(subprocess.Popen([*arguments, pod], stdout=subprocess.PIPE, stderr=subprocess.PIPE))

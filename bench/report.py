@@ -46,6 +46,7 @@ TARGETS = {
     "fraud_tax": Target("Reserve/s with antifraud enforced over not", 0.97),
     "trace_tax": Target("Reserve/s with one call in a hundred traced over none", 0.97),
     "trace_tax_full": Target("Reserve/s with every call traced over none", 0.85),
+    "tls_tax": Target("Reserve/s with TLS on every side over without", 0.85),
     "skus_1m_vs_1k": Target("CPU a Reserve at many SKUs over few", 1.15, most=True),
     "ledger_growth": Target("CPU a Reserve with a long ledger over a short one", 1.10, most=True),
     "two_pods_vs_one": Target("CPU a Reserve with two reservation pods over one", 1.15, most=True),

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import asyncpg
 
 from bench.load import Pids
+from deploy.local.certificates import Authority
 from deploy.local.stack import REPOSITORY, Stack, StackError, free_port
 from deploy.local.supervisor import SERVICES, Supervisor
 from shared.client import Holdfast
@@ -61,6 +62,7 @@ class Holdfasts:
     inventory: list[str]
     targets: dict[str, str]
     databases: dict[str, str]
+    tls_directory: str  # the client's certificate; empty without TLS
     pids: Pids
     restart: Callable[..., None]  # restart(services, SETTING="value"): their pods, with these settings from now on
 
@@ -108,11 +110,12 @@ def holdfast(
     reservation_pods: int = PODS,
     role: str = "all",
     analytics: bool = False,
+    authority: Authority | None = None,
 ) -> Iterator[Holdfasts]:
     """Two pods of each service on databases of their own, with stock of `skus` and a history of `movements`.
 
     All share the topics, so that only the first that runs, and nothing beside it but in role "api", can have
-    `analytics`.
+    `analytics`. With an `authority` all speak TLS.
     """
     settings: dict[str, dict[str, str]] = {service.name: {} for service in SERVICES}
     services = [
@@ -131,7 +134,7 @@ def holdfast(
     if analytics:
         asyncio.run(migrate(dsns["analytics"], "analytics"))
         asyncio.run(load_mart(dsns["analytics"], skus))
-    with Supervisor(stack, services=services, role=role).start() as supervisor:
+    with Supervisor(stack, services=services, role=role, authority=authority).start() as supervisor:
         pods = {service.name: [pod for pod in supervisor.pods if pod.service is service] for service in services}
         pids = {service.name: [pod.pid for pod in pods.get(service.name, []) if pod.pid] for service in SERVICES}
 
@@ -147,6 +150,7 @@ def holdfast(
             [pod.address for pod in pods["inventory"]],
             supervisor.targets,
             dsns,
+            supervisor.tls_directory,
             {
                 **pids,
                 "database": [stack.pids["PostgreSQL"]],

@@ -15,6 +15,7 @@ CURRENCY = re.compile(r"[A-Z]{3}")
 QUANTITY_MAX = 10**12
 MICROS_MAX = 10**15
 BUSINESS_YEARS = range(2000, 2100)
+YEARS = range(1970, 2200)  # within which times can be added to and taken from
 TTL_SECONDS_DEFAULT = 15 * 60
 TTL_SECONDS_MAX = 24 * 3600
 
@@ -73,8 +74,12 @@ def ttl(value: Duration, field: str) -> timedelta:
     """A time to live; zero means the default of 15 minutes."""
     if not value.seconds and not value.nanos:
         return timedelta(seconds=TTL_SECONDS_DEFAULT)
-    if not 0 <= value.nanos < 10**9 or not 1 <= value.seconds + value.nanos / 1e9 <= TTL_SECONDS_MAX:
-        raise invalid(field, f"must be from 1 to {TTL_SECONDS_MAX} seconds")
+    return duration(value, field, least_seconds=1, most_seconds=TTL_SECONDS_MAX)
+
+
+def duration(value: Duration, field: str, *, least_seconds: int, most_seconds: int) -> timedelta:
+    if not 0 <= value.nanos < 10**9 or not least_seconds <= value.seconds + value.nanos / 1e9 <= most_seconds:
+        raise invalid(field, f"must be from {least_seconds} to {most_seconds} seconds")
     return timedelta(seconds=value.seconds, microseconds=value.nanos // 1000)
 
 

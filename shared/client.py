@@ -34,11 +34,21 @@ IMPORT_CHUNK_ROWS = 500
 
 
 class Holdfast:
-    """All services' calls. `pods` counts the answers that each pod gave. Analytics may be left out."""
+    """All services' calls. `pods` counts the answers that each pod gave. Analytics may be left out.
 
-    def __init__(self, inventory_target: str, reservation_target: str, analytics_target: str = "") -> None:
+    `tls_directory` holds the caller's tls.crt and tls.key, and the ca.crt that it trusts.
+    """
+
+    def __init__(
+        self,
+        inventory_target: str,
+        reservation_target: str,
+        analytics_target: str = "",
+        *,
+        tls_directory: str = "",
+    ) -> None:
         targets = [inventory_target, reservation_target, analytics_target]
-        self._channels = [open_channel(target) for target in targets if target]
+        self._channels = [open_channel(target, tls_directory) for target in targets if target]
         self.inventory = traced(inventory_pb2_grpc.InventoryServiceStub(self._channels[0]))
         self.reservation = traced(reservation_pb2_grpc.ReservationServiceStub(self._channels[1]))
         self.analytics = traced(analytics_pb2_grpc.AnalyticsServiceStub(self._channels[-1]))

@@ -19,7 +19,6 @@ were not replayed before back to where they came from, each once.
 
 import argparse
 import asyncio
-import os
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Collection, Mapping, Sequence
@@ -32,7 +31,9 @@ from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, KafkaError
 
 from shared import metrics, telemetry
+from shared.kafka import Brokers
 from shared.outbox import partition_of, producer
+from shared.settings import KafkaSettings, load
 
 log = structlog.get_logger(__name__)
 Message: TypeAlias = "ConsumerRecord[bytes | None, bytes | None]"
@@ -93,7 +94,7 @@ class Consumer:
 
     def __init__(
         self,
-        bootstrap: str,
+        brokers: Brokers,
         topics: Sequence[str],
         group: str,
         dlq_topic: str,
@@ -104,7 +105,7 @@ class Consumer:
         linger_seconds: float = 0,
         positions: Positions | None = None,
     ) -> None:
-        self._bootstrap = bootstrap
+        self._brokers = brokers
         self._topics = topics
         self._group = group
         self._dlq_topic = dlq_topic
@@ -125,14 +126,14 @@ class Consumer:
         To be run again, on the same Consumer: it knows what it has buried, and how much of late.
         """
         consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap,
+            **self._brokers.options,
             group_id=self._group,
             enable_auto_commit=False,
             auto_offset_reset="earliest",
             heartbeat_interval_ms=HEARTBEAT_MS,
         )
         consumer.subscribe(self._topics, listener=_Assigned(lambda partitions: self._seek(consumer, partitions)))
-        sender = producer(self._bootstrap, self._group)
+        sender = producer(self._brokers, self._group)
         try:
             await consumer.start()
             await sender.start()
@@ -247,9 +248,9 @@ class _Assigned(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has
         await self._seek(assigned)
 
 
-async def dead_letters(bootstrap: str, topic: str, *, limit: int, group: str | None = None) -> list[Message]:
+async def dead_letters(brokers: Brokers, topic: str, *, limit: int, group: str | None = None) -> list[Message]:
     """The oldest dead letters, at most `limit`; with a group those after its position, else all."""
-    consumer = _reader(bootstrap, topic, group)
+    consumer = _reader(brokers, topic, group)
     await consumer.start()
     try:
         return await _read(consumer, limit)
@@ -257,9 +258,9 @@ async def dead_letters(bootstrap: str, topic: str, *, limit: int, group: str | N
         await consumer.stop()
 
 
-async def replay(bootstrap: str, topic: str, *, limit: int) -> int:
+async def replay(brokers: Brokers, topic: str, *, limit: int) -> int:
     """Send dead letters back to the topics that they came from; each once. Returns how many."""
-    consumer, sender = _reader(bootstrap, topic, f"{topic}.replay"), producer(bootstrap, "replay")
+    consumer, sender = _reader(brokers, topic, f"{topic}.replay"), producer(brokers, "replay")
     await consumer.start()
     await sender.start()
     try:
@@ -276,10 +277,10 @@ async def replay(bootstrap: str, topic: str, *, limit: int) -> int:
         await sender.stop()
 
 
-def _reader(bootstrap: str, topic: str, group: str | None) -> AIOKafkaConsumer:
+def _reader(brokers: Brokers, topic: str, group: str | None) -> AIOKafkaConsumer:
     return AIOKafkaConsumer(
         topic,
-        bootstrap_servers=bootstrap,
+        **brokers.options,
         group_id=group,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
@@ -303,15 +304,15 @@ def main() -> None:
     parser.add_argument("topic", help="a dead letter topic, such as holdfast.inventory.commands.v1.dlq")
     parser.add_argument("--limit", type=int, default=100, help="at most so many (default: 100)")
     arguments = parser.parse_args()
-    bootstrap = os.environ.get("HOLDFAST_KAFKA_BOOTSTRAP", "127.0.0.1:9092")
+    brokers = load(KafkaSettings).brokers
     try:
         if arguments.action == "replay":
-            count = asyncio.run(replay(bootstrap, arguments.topic, limit=arguments.limit))
+            count = asyncio.run(replay(brokers, arguments.topic, limit=arguments.limit))
             print(f"{count} replayed")  # noqa: T201 - a command's answer
             return
-        letters = asyncio.run(dead_letters(bootstrap, arguments.topic, limit=arguments.limit))
+        letters = asyncio.run(dead_letters(brokers, arguments.topic, limit=arguments.limit))
     except (KafkaConnectionError, KafkaError) as error:
-        raise SystemExit(f"Kafka at {bootstrap} does not answer: {error}") from None
+        raise SystemExit(f"Kafka at {brokers.bootstrap} does not answer: {error}") from None
     for letter in letters:
         headers = {name: value.decode(errors="replace") for name, value in letter.headers if name.startswith("dlq")}
         at = f"{letter.partition}/{letter.offset}"

@@ -56,6 +56,9 @@ UNAVAILABLE = (
     asyncpg.exceptions.InsufficientResourcesError,
     asyncpg.exceptions.CannotConnectNowError,
     asyncpg.exceptions.ReadOnlySQLTransactionError,
+    # Logging in again failed: a password that was changed before the pod's, or a database that is being replaced.
+    asyncpg.exceptions.InvalidAuthorizationSpecificationError,
+    asyncpg.exceptions.InvalidCatalogNameError,
 )
 DIALECT = asyncpg_dialect.dialect()  # type: ignore[no-untyped-call]
 

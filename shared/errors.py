@@ -2,13 +2,15 @@
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from datetime import timedelta
 from typing import Any
 
 import grpc
-from google.protobuf import any_pb2
+from google.protobuf.message import Message
 from google.rpc import error_details_pb2, status_pb2
 
 from shared.refusal import Refusal
+from shared.wire import duration
 
 DETAILS_KEY = "grpc-status-details-bin"
 
@@ -28,11 +30,15 @@ class ErrorMap:
         return self.codes.get(refusal.reason, grpc.StatusCode.INTERNAL)
 
     def details(self, refusal: Refusal) -> bytes:
-        """The serialised google.rpc.Status that carries the refusal's ErrorInfo."""
+        """The google.rpc.Status with the refusal's ErrorInfo, as bytes; `retry_seconds` are told as RetryInfo, too."""
         info = error_details_pb2.ErrorInfo(reason=refusal.reason, domain=self.domain, metadata=refusal.metadata)
-        packed = any_pb2.Any()
-        packed.Pack(info)
-        status = status_pb2.Status(code=self.code(refusal).value[0], message=refusal.message, details=[packed])
+        details: list[Message] = [info]
+        if "retry_seconds" in refusal.metadata:
+            wait = timedelta(seconds=float(refusal.metadata["retry_seconds"]))
+            details.append(error_details_pb2.RetryInfo(retry_delay=duration(wait)))
+        status = status_pb2.Status(code=self.code(refusal).value[0], message=refusal.message)
+        for detail in details:
+            status.details.add().Pack(detail)
         return bytes(status.SerializeToString())
 
 

@@ -11,7 +11,6 @@ start again, and its migrations change nothing.
 
 import argparse
 import asyncio
-import os
 import sys
 import time
 from collections.abc import Sequence
@@ -24,6 +23,8 @@ from alembic.config import Config
 from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
+
+from shared.settings import DatabaseSettings, load
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("pre", "post")
@@ -66,7 +67,8 @@ def _config(service: str, phase: str) -> Config:
 
 async def migrate(dsn: str, service: str, phases: Sequence[str] = PHASES, schema: str = "public") -> None:
     """Migrate a schema of the database at `dsn`, phase by phase."""
-    engine = create_async_engine(dsn.replace("postgresql://", "postgresql+asyncpg://", 1))
+    # asyncpg reads the address itself: SQLAlchemy does not know all of its options, such as sslmode.
+    engine = create_async_engine("postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(dsn))
     try:
         for phase in phases:
             async with engine.begin() as connection:
@@ -84,7 +86,7 @@ async def wait(dsn: str, service: str, phases: Sequence[str], seconds_max: float
     Raises TimeoutError.
     """
     engine = create_async_engine(
-        dsn.replace("postgresql://", "postgresql+asyncpg://", 1), connect_args={"timeout": CONNECT_SECONDS_MAX}
+        "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(dsn, timeout=CONNECT_SECONDS_MAX)
     )
     deadline = time.monotonic() + seconds_max
     try:
@@ -117,9 +119,7 @@ def main() -> None:
     parser.add_argument("--phase", choices=(*PHASES, "all"), default="all")
     parser.add_argument("--wait", action="store_true", help="until someone else has migrated it")
     arguments = parser.parse_args()
-    dsn = os.environ.get("HOLDFAST_DATABASE_DSN")
-    if not dsn:
-        parser.error("set HOLDFAST_DATABASE_DSN to postgresql://user@host:port/database")
+    dsn = load(DatabaseSettings).database_dsn
     phases = PHASES if arguments.phase == "all" else [arguments.phase]
     if not arguments.wait:
         asyncio.run(migrate(dsn, arguments.service, phases))

@@ -33,6 +33,7 @@ from opentelemetry.trace import SpanKind
 
 from shared import metrics, telemetry, watermark
 from shared.database import Connection, Database
+from shared.kafka import Brokers
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
@@ -218,10 +219,10 @@ def _headers(group: Group, number: int, traceparent: str) -> list[tuple[str, byt
     return headers
 
 
-def producer(bootstrap: str, client: str) -> AIOKafkaProducer:
+def producer(brokers: Brokers, client: str) -> AIOKafkaProducer:
     """A producer that keeps order and sends each batch once."""
     return AIOKafkaProducer(
-        bootstrap_servers=bootstrap,
+        **brokers.options,
         client_id=client,
         acks="all",
         enable_idempotence=True,

@@ -6,11 +6,13 @@ import hashlib
 import json
 from datetime import datetime
 
+from shared.check import YEARS
 from shared.refusal import Refusal
 
 PAGE_SIZE_DEFAULT = 100
 PAGE_SIZE_MAX = 1000
 DIGITS_MAX = 9
+TOKEN_CHARACTERS_MAX = 4096
 
 
 def size(asked: int) -> int:
@@ -32,11 +34,13 @@ def decode(token: str, filters: object, fields: int) -> list[str] | None:
     """The position in a token, None for the first page. Raises Refusal PAGE_TOKEN_INVALID."""
     if not token:
         return None
+    if len(token) > TOKEN_CHARACTERS_MAX:
+        raise _invalid()
     try:
         digest, *position = json.loads(base64.urlsafe_b64decode(token.encode()))
-    except (ValueError, binascii.Error, TypeError):
+    except (ValueError, binascii.Error, TypeError, RecursionError):
         digest, position = "", []
-    well = len(position) == fields and all(isinstance(part, str) and "\0" not in part for part in position)
+    well = len(position) == fields and all(isinstance(part, str) and _is_text(part) for part in position)
     if digest != _digest(filters) or not well:
         raise _invalid()
     return [str(part) for part in position]
@@ -48,7 +52,7 @@ def instant(text: str) -> datetime:
         found = datetime.fromisoformat(text)
     except ValueError:
         raise _invalid() from None
-    if found.tzinfo is None:
+    if found.tzinfo is None or found.year not in YEARS:
         raise _invalid()
     return found
 
@@ -58,6 +62,14 @@ def number(text: str) -> int:
     if not text.isascii() or not text.isdigit() or len(text) > DIGITS_MAX:
         raise _invalid()
     return int(text)
+
+
+def _is_text(part: str) -> bool:
+    """Whether PostgreSQL takes it: no zero, and no half of a surrogate pair, which JSON can spell."""
+    try:
+        return b"\0" not in part.encode()
+    except UnicodeEncodeError:
+        return False
 
 
 def _invalid() -> Refusal:

@@ -7,10 +7,10 @@ calls ("Symbol not found"); grpcurl asks for the service. The pool here answers 
 from collections.abc import Sequence
 from typing import Any
 
-import grpc
 from google.protobuf import descriptor_pool
 from google.protobuf.descriptor import FileDescriptor
-from grpc_reflection.v1alpha import reflection
+from grpc_reflection.v1alpha import reflection, reflection_pb2_grpc
+from grpc_reflection.v1alpha._async import ReflectionServicer
 
 NAME: str = reflection.SERVICE_NAME
 
@@ -35,7 +35,8 @@ class _Pool:
             return found.file
 
 
-def enable(services: Sequence[str], server: grpc.aio.Server) -> None:
-    """Serve reflection of the services, and of itself."""
+def enable(services: Sequence[str], server: Any) -> None:
+    """Serve reflection of the services, and of itself, on an asyncio server or what stands before it."""
     pool: Any = _Pool()
-    reflection.enable_server_reflection((*services, NAME), server, pool=pool)
+    servicer = ReflectionServicer((*services, NAME), pool=pool)
+    reflection_pb2_grpc.add_ServerReflectionServicer_to_server(servicer, server)

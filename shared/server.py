@@ -11,6 +11,8 @@ On SIGTERM or SIGINT:
 3. The connections are told to go away, the workers stop, and the process exits with 0.
 
 A client that watches health and retries UNAVAILABLE sees nothing of it.
+
+With TLS, callers are let in by `shared.admission`: to every method but health's.
 """
 
 import asyncio
@@ -23,22 +25,28 @@ from typing import TYPE_CHECKING, Any
 
 import grpc
 import structlog
+from google.protobuf.message import DecodeError
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 from grpc_health.v1._async import HealthServicer
 from grpc_health.v1.health import SERVICE_NAME as HEALTH_NAME
 
-from shared import metrics, reflection, telemetry
+from shared import access, metrics, reflection, telemetry, tls, tokens
+from shared.admission import Admission
 from shared.channel import KEEPALIVE_MS, MESSAGE_BYTES_MAX
 from shared.errors import DETAILS_KEY, ErrorMap
 from shared.observed import Method
 from shared.refusal import Refusal
-from shared.settings import Settings
+from shared.settings import Settings, loopback
 
 POD_KEY = "holdfast-pod"
 QUIET_SECONDS = 0.3
 LAME_DUCK_SECONDS_MAX = 3.0
 CLOSE_SECONDS_MAX = 2.0
 GC_ALLOCATIONS = 20_000
+METADATA_BYTES_MAX = 16 << 10
+STREAMS_MAX = 4096
+PROBES_MAX = 100
+UNREADABLE = object()
 log = structlog.get_logger(__name__)
 Server = grpc.aio.Server
 if TYPE_CHECKING:
@@ -57,8 +65,9 @@ class Edge:
     called, and not intercepted: an interceptor is run anew for every call.
     """
 
-    def __init__(self, errors: ErrorMap, pod: str) -> None:
+    def __init__(self, errors: ErrorMap, pod: str, admission: Admission | None = None) -> None:
         self._errors = errors
+        self._admission = admission
         self._pod = ((POD_KEY, pod),)
         self._calls: set[asyncio.Task[Any]] = set()
         self._waiting_streams: set[asyncio.Task[Any]] = set()
@@ -84,7 +93,7 @@ class Edge:
         """A method's handler with this edge around it."""
         observed = Method(method.removeprefix("/"), self._errors)
         codec = {
-            "request_deserializer": handler.request_deserializer,
+            "request_deserializer": _lenient(handler.request_deserializer),
             "response_serializer": handler.response_serializer,
         }
         made: Handler
@@ -94,12 +103,20 @@ class Edge:
                 if handler.request_streaming
                 else grpc.unary_stream_rpc_method_handler
             )
-            made = make(self._stream(handler.stream_stream or handler.unary_stream, observed), **codec)
+            stream = handler.stream_stream or handler.unary_stream
+            stream = _readable(stream, streamed=handler.request_streaming)
+            if self._admission:
+                stream = self._admission.stream(method, stream)
+            made = make(self._stream(stream, observed), **codec)
             return made
         make = (
             grpc.stream_unary_rpc_method_handler if handler.request_streaming else grpc.unary_unary_rpc_method_handler
         )
-        made = make(self._unary(handler.stream_unary or handler.unary_unary, observed), **codec)
+        unary = handler.stream_unary or handler.unary_unary
+        unary = _readable(unary, streamed=handler.request_streaming)
+        if self._admission:
+            unary = self._admission.unary(method, unary)
+        made = make(self._unary(unary, observed), **codec)
         return made
 
     def _unary(self, behaviour: Callable[[Any, Context], Awaitable[Any]], observed: Method) -> Any:
@@ -202,6 +219,31 @@ class Guarded:
         """Asyncio servers look methods up in the generic handlers."""
 
 
+def _lenient(parse: Callable[[bytes], Any]) -> Callable[[bytes], Any]:
+    """`parse`, but bytes that are no message are UNREADABLE: gRPC would answer UNKNOWN, and log what they are."""
+
+    def parsed(raw: bytes) -> Any:
+        try:
+            return parse(raw)
+        except DecodeError:
+            return UNREADABLE
+
+    return parsed
+
+
+def _readable(behaviour: Callable[[Any, Context], Any], *, streamed: bool) -> Callable[[Any, Context], Any]:
+    """`behaviour` for requests that are messages; the first that is none is refused."""
+
+    def checked(request: Any) -> Any:
+        if request is UNREADABLE:
+            raise Refusal("FIELD_INVALID", "the request is not a message of this call", field="")
+        return request
+
+    if streamed:
+        return lambda requests, context: behaviour((checked(request) async for request in requests), context)
+    return lambda request, context: behaviour(checked(request), context)
+
+
 def _stopping() -> Refusal:
     return Refusal("STOPPING", "the pod is stopping; try again with the same request")
 
@@ -217,9 +259,9 @@ def build(
     errors: ErrorMap,
     register: Callable[[Any], None],
     services: Sequence[str],
-) -> tuple[Server, Edge, HealthServicer]:
-    """A server with the API that `register` adds, health (NOT_SERVING yet) and reflection."""
-    edge = Edge(errors, settings.pod)
+) -> tuple[list[Server], Edge, HealthServicer]:
+    """A server with the API that `register` adds, health (NOT_SERVING yet) and reflection; and one for probes."""
+    edge = Edge(errors, settings.pod, _admission(settings))
     server = grpc.aio.server(
         options=[
             ("grpc.so_reuseport", 0),
@@ -230,14 +272,40 @@ def build(
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
             ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
+            ("grpc.max_metadata_size", METADATA_BYTES_MAX),
+            ("grpc.absolute_max_metadata_size", METADATA_BYTES_MAX),
+            ("grpc.max_concurrent_streams", STREAMS_MAX),
         ],
     )
-    register(Guarded(server, edge))
+    guarded = Guarded(server, edge)
+    register(guarded)
+    reflection.enable((*services, HEALTH_NAME), guarded)
     checks = HealthServicer()
     health_pb2_grpc.add_HealthServicer_to_server(checks, server)
-    reflection.enable((*services, HEALTH_NAME), server)
-    server.add_insecure_port(settings.listen)
-    return server, edge, checks
+    if settings.tls_directory:
+        server.add_secure_port(settings.listen, tls.server_credentials(tls.watch(settings.tls_directory)))
+    else:
+        if not loopback(settings.listen):
+            log.warning("serving everybody, without TLS", listen=settings.listen)
+        server.add_insecure_port(settings.listen)
+    servers = [server]
+    if settings.probe_listen:
+        probes = grpc.aio.server(options=[("grpc.so_reuseport", 0)], maximum_concurrent_rpcs=PROBES_MAX)
+        health_pb2_grpc.add_HealthServicer_to_server(checks, probes)
+        probes.add_insecure_port(settings.probe_listen)
+        servers.append(probes)
+    return servers, edge, checks
+
+
+def _admission(settings: Settings) -> Admission | None:
+    """What lets callers in; None where everybody may call everything as often as they like."""
+    limits = settings.caller_limits
+    if not settings.tls_directory:
+        return Admission(None, None, limits) if limits != access.Limits() else None
+    shown = None
+    if settings.jwks_file:
+        shown = tokens.Tokens(settings.jwt_issuer, settings.jwt_audience, tokens.watch(settings.jwks_file))
+    return Admission(access.read(settings.access_file, limits), shown, limits)
 
 
 async def run(
@@ -261,7 +329,7 @@ async def run(
 
 
 async def serve(
-    server: grpc.aio.Server, edge: Edge, checks: HealthServicer, services: Sequence[str], drain_seconds: float
+    servers: Sequence[Server], edge: Edge, checks: HealthServicer, services: Sequence[str], drain_seconds: float
 ) -> None:
     """Serve until SIGTERM or SIGINT, then drain."""
     stop = asyncio.Event()
@@ -272,7 +340,8 @@ async def serve(
     gc.collect()
     gc.freeze()
     gc.set_threshold(GC_ALLOCATIONS)
-    await server.start()
+    for server in servers:
+        await server.start()
     for service in ("", *services):
         await checks.set(service, health_pb2.HealthCheckResponse.SERVING)
     log.info("serving")
@@ -280,5 +349,5 @@ async def serve(
     log.info("draining", seconds_max=drain_seconds)
     await checks.enter_graceful_shutdown()
     await edge.drain(drain_seconds)
-    await server.stop(CLOSE_SECONDS_MAX)
+    await asyncio.gather(*(server.stop(CLOSE_SECONDS_MAX) for server in servers))
     log.info("stopped")

@@ -6,12 +6,14 @@ are kept for ever; verdicts are read from their beginning by every pod, so only 
 
 import argparse
 import asyncio
-import os
 from collections.abc import Iterable
 from typing import NamedTuple
 
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError, TopicAlreadyExistsError, for_code
+
+from shared.kafka import Brokers
+from shared.settings import KafkaSettings, load
 
 LEADER_SECONDS_MAX = 60
 
@@ -52,13 +54,13 @@ TOPICS = (
 )
 
 
-async def create(bootstrap: str, topics: Iterable[Topic] = TOPICS, *, replicas: int = 1) -> None:
+async def create(brokers: Brokers, topics: Iterable[Topic] = TOPICS, *, replicas: int = 1) -> None:
     """Create the topics that do not exist yet, and wait until each can be written; the others stay as they are.
 
     Raises KafkaError for a topic that Kafka does not create, TimeoutError when one has no leader in time.
     """
     topics = list(topics)
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
+    admin = AIOKafkaAdminClient(**brokers.options)
     await admin.start()
     try:
         answer = await admin.create_topics(
@@ -89,10 +91,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(prog="python -m shared.topics", description="Create the topics that are missing.")
     parser.add_argument("--replicas", type=int, default=1, help="brokers that keep each topic (default 1)")
     arguments = parser.parse_args()
-    bootstrap = os.environ.get("HOLDFAST_KAFKA_BOOTSTRAP")
-    if not bootstrap:
-        parser.error("set HOLDFAST_KAFKA_BOOTSTRAP to host:port of a broker")
-    asyncio.run(create(bootstrap, replicas=arguments.replicas))
+    asyncio.run(create(load(KafkaSettings).brokers, replicas=arguments.replicas))
 
 
 if __name__ == "__main__":

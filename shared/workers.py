@@ -8,6 +8,7 @@ import structlog
 
 from shared import metrics
 from shared.database import Connection, Database
+from shared.kafka import Brokers
 from shared.lock import run_alone
 from shared.outbox import OUTBOX, Relay, Source, producer
 
@@ -91,14 +92,14 @@ async def measuring(
 
 async def relay(
     database: Database,
-    bootstrap: str,
+    brokers: Brokers,
     client_id: str,
     poll_seconds: float,
     source: Source = OUTBOX,
     watermark_topic: str = "",
 ) -> None:
     """Move what waits to Kafka until cancelled. Raises KafkaError when the brokers cannot be found."""
-    sender = producer(bootstrap, client_id)
+    sender = producer(brokers, client_id)
     try:
         await sender.start()
         await Relay(database, sender, source, watermark_topic).run(poll_seconds=poll_seconds)

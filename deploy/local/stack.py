@@ -38,6 +38,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
 from shared import topics
+from shared.kafka import Brokers
 from shared.topics import Topic
 
 REPOSITORY = Path(__file__).resolve().parents[2]
@@ -254,6 +255,10 @@ class Stack:
         return f"{self.host}:{self._server('Kafka').port}"
 
     @property
+    def brokers(self) -> Brokers:
+        return Brokers(self.kafka_bootstrap)
+
+    @property
     def pids(self) -> dict[str, int]:
         """The process id of each running server by its name: PostgreSQL, Redis, Kafka."""
         return {server.name: server.process.pid for server in self._servers.values()}
@@ -290,7 +295,7 @@ class Stack:
     def create_topics(self, *wanted: Topic) -> None:
         """Create the topics that do not exist yet, and wait until each can be written; the others stay as they are."""
         try:
-            _run(topics.create(self.kafka_bootstrap, wanted))
+            _run(topics.create(Brokers(self.kafka_bootstrap), wanted))
         except (KafkaError, TimeoutError) as error:
             raise StackError(f"Kafka did not create the topics: {error}") from error
 

@@ -24,7 +24,9 @@ from typing import NamedTuple, Self
 import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from deploy.local.certificates import Authority
 from deploy.local.stack import REPOSITORY, Leash, Say, Stack, StackError, free_port, tail
+from shared import tls
 from shared.topics import TOPICS
 
 
@@ -44,6 +46,8 @@ SERVICES = (
     Service("reservation", "reservation", "services.reservation", calls=("inventory",)),
     Service("analytics", "analytics", "services.analytics"),
 )
+# What the client's certificate is for: every role of deploy/access.toml that is no service's.
+CLIENT_NAMES = ("shop", "warehouse", "analyst", "fraud-desk", "operator", "data-protection")
 SERVING_SECONDS_MAX = 60
 DRAIN_SECONDS_MAX = 15
 MIGRATION_SECONDS_MAX = 120
@@ -86,6 +90,8 @@ class Supervisor:
 
     `code` is the checkout that a pod runs when it is started next; another one has its own `.venv`. So a release and
     the one before it are run together.
+    With an `authority` all speak TLS, by certificates that it issues; `tls_directory` has the one for clients.
+    Logs are the stack's, or go to `log`, where several supervisors share a stack.
     """
 
     def __init__(
@@ -95,13 +101,22 @@ class Supervisor:
         services: Sequence[Service] = SERVICES,
         role: str = "all",
         code: Path = REPOSITORY,
+        authority: Authority | None = None,
+        log: Path | None = None,
         say: Say = lambda _: None,
     ) -> None:
         self.code = code
         self._stack = stack
         self._role = role
         self._services = services
+        self._log = log or stack.log
         self._say = say
+        self._certificates: dict[str, Path] = {}
+        self.tls_directory = ""
+        if authority:
+            root = stack.root / "tls"
+            self._certificates = {one.name: authority.issue(root / one.name, one.name) for one in services}
+            self.tls_directory = str(authority.issue(root / "client", *CLIENT_NAMES))
         self._leash: Leash | None = None
         self._guard = threading.RLock()  # one change of a pod's process at a time
         self._stopping = threading.Event()
@@ -115,9 +130,10 @@ class Supervisor:
         Raises StackError with the last lines of the log of what failed; then no pod runs.
         """
         self._stopping.clear()
+        self._log.mkdir(exist_ok=True)
         self._leash = Leash()
         self.pods = [
-            Pod(name, service, free_port(), free_port(), self._stack.log / f"{name}.log")
+            Pod(name, service, free_port(), free_port(), self._log / f"{name}.log")
             for service in self._services
             for name in (f"{service.name}-{ordinal}" for ordinal in range(service.pods))
         ]
@@ -227,7 +243,7 @@ class Supervisor:
     def _bring_up(self, pod: Pod) -> None:
         began = time.monotonic()
         process = self._spawn(pod)
-        with grpc.insecure_channel(pod.address) as channel:
+        with self._channel(pod) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             serving = health_pb2.HealthCheckResponse.SERVING
             while True:
@@ -247,6 +263,11 @@ class Supervisor:
                     raise StackError(f"the start of {pod.name} was abandoned")
         pod.wanted = True
         self._say(f"{pod.name} serving on {pod.address} ({time.monotonic() - began:.1f} s)")
+
+    def _channel(self, pod: Pod) -> grpc.Channel:
+        if not self.tls_directory:
+            return grpc.insecure_channel(pod.address)
+        return grpc.secure_channel(pod.address, tls.channel_credentials(tls.watch(self.tls_directory).current()))
 
     def _spawn(self, pod: Pod) -> subprocess.Popen[bytes]:
         if self._leash is None:
@@ -282,9 +303,14 @@ class Supervisor:
     def environment(self, service: Service) -> dict[str, str]:
         """The environment every program of a service gets: this process's own, and where the stack is."""
         own = {"HOLDFAST_SUBJECT_KEYS": self._subject_keys()} if service.name == "reservation" else {}
+        secure = {}
+        if self._certificates:
+            directory, table = self._certificates[service.name], REPOSITORY / "deploy" / "access.toml"
+            secure = {"HOLDFAST_TLS_DIRECTORY": str(directory), "HOLDFAST_ACCESS_FILE": str(table)}
         return (
             own
             | os.environ
+            | secure
             | dict(service.settings)
             | {
                 "HOLDFAST_DATABASE_DSN": self._stack.postgres_dsn(service.database),
@@ -314,7 +340,7 @@ class Supervisor:
     def _migrate(self, service: Service) -> None:
         if self._leash is None:
             raise StackError("the supervisor is not started")
-        log = self._stack.log / f"migrate-{service.name}.log"
+        log = self._log / f"migrate-{service.name}.log"
         log.unlink(missing_ok=True)
         began = time.monotonic()
         process = self._leash.spawn(
@@ -342,6 +368,7 @@ class Supervisor:
             "dsns": {service.name: self._stack.postgres_dsn(service.database) for service in self._services},
             "redis": self._stack.redis_url,
             "kafka": self._stack.kafka_bootstrap,
+            "tls_directory": self.tls_directory,
             "pids": {"supervisor": os.getpid()}
             | self._stack.pids
             | {pod.name: pod.pid for pod in self.pods if pod.running},

@@ -27,6 +27,7 @@ CASES_DEFAULT = 100
 RESERVATIONS_SHOWN = 100
 NOTE_CHARACTERS_MAX = 500
 WARM_UP = timedelta(days=30)
+WARM_UP_SECONDS_MAX = 366 * 86_400
 EXEMPT = timedelta(days=1)
 BLOCK = timedelta(days=1)
 STATES = {
@@ -156,9 +157,9 @@ class FraudServicer(fraud_pb2_grpc.FraudServiceServicer):
         most = check.quantity(request.cases_max, "cases_max", least=0, most=CASES_MAX) or CASES_DEFAULT
         candidate = [rules.rule(rule, f"rules[{number}]") for number, rule in enumerate(request.rules)]
         asked = time_range(request.range, datetime.now(UTC))
-        warm_up = request.warm_up.ToTimedelta() if request.HasField("warm_up") else WARM_UP
-        if not timedelta() <= warm_up <= timedelta(days=366):
-            raise check.invalid("warm_up", "must be from nothing to 366 days")
+        warm_up = WARM_UP
+        if request.HasField("warm_up"):
+            warm_up = check.duration(request.warm_up, "warm_up", least_seconds=0, most_seconds=WARM_UP_SECONDS_MAX)
         async with self._turns.turn():
             async with self._database.connection() as connection:
                 active = [rule for rule in await cases.rules_in_use(connection) if not rule.shadow]

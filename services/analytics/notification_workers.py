@@ -72,9 +72,9 @@ class NotificationWorkers:
         await monitor(self._database)
 
     async def _dead_letters(self) -> None:
-        bootstrap = self._settings.kafka_bootstrap
-        admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap)
-        consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
+        options = self._settings.brokers.options
+        admin = AIOKafkaAdminClient(**options)
+        consumer = AIOKafkaConsumer(**options, enable_auto_commit=False)
         try:
             await admin.start()
             await consumer.start()

@@ -101,7 +101,7 @@ async def _fill(settings: Settings, database: Database) -> int:
     # Without a group it is assigned every partition there is.
     consumer = AIOKafkaConsumer(
         *codec.TOPICS,
-        bootstrap_servers=settings.kafka_bootstrap,
+        **settings.brokers.options,
         enable_auto_commit=False,
         auto_offset_reset="earliest",
     )

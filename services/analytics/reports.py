@@ -53,6 +53,9 @@ def time_range(value: pb.TimeRange, now: datetime) -> Range:
         raise check.invalid("range.start_time", "must be set")
     start = check.time(value.start_time, "range.start_time")
     end = check.time(value.end_time, "range.end_time") if value.HasField("end_time") else now
+    for name, time in (("start_time", start), ("end_time", end)):
+        if time.year not in check.YEARS:
+            raise check.invalid(f"range.{name}", f"must be from {check.YEARS.start} to {check.YEARS.stop - 1}")
     if end <= start:
         raise check.invalid("range.end_time", "must be after start_time")
     return Range(start, end, check.text(value.time_zone, "range.time_zone", 64) or "UTC")

@@ -26,6 +26,7 @@ from services.analytics.settings import Settings
 from shared import metrics, outbox, partitions, watermark, workers
 from shared.consumer import Consumer, Poison
 from shared.database import Connection, Database
+from shared.kafka import Brokers
 from shared.wire import EPOCH
 
 log = structlog.get_logger(__name__)
@@ -56,7 +57,7 @@ class Workers:
         self._unhealed: dict[int, tuple[float, float]] = {}
         self._engine = Engine(database, settings)
         self._judging = Consumer(
-            settings.kafka_bootstrap,
+            settings.brokers,
             (codec.CHANGES_TOPIC,),
             FRAUD_GROUP,
             DLQ_TOPIC,
@@ -78,7 +79,7 @@ class Workers:
             "judge": self._judge,
             "verdicts": lambda: workers.relay(
                 self._database,
-                settings.kafka_bootstrap,
+                settings.brokers,
                 settings.pod,
                 settings.relay_poll_seconds,
                 outbox.source(cases.OUTBOX),
@@ -96,7 +97,7 @@ class Workers:
     def _follower(self) -> Consumer:
         projection = Projection(self._database, self._crossings)
         return Consumer(
-            self._settings.kafka_bootstrap,
+            self._settings.brokers,
             codec.TOPICS,
             GROUP,
             DLQ_TOPIC,
@@ -122,7 +123,7 @@ class Workers:
             since, wait = self._unhealed.get(partition, (0.0, 0.0))
             if now - since < wait:
                 continue
-            healed = await heal(self._database, self._settings.kafka_bootstrap, partition, self._crossings)
+            healed = await heal(self._database, self._settings.brokers, partition, self._crossings)
             log.info("gaps healed", partition=partition, keys=healed)
             # What is missing may never come: each time in vain the next is further away.
             self._unhealed[partition] = (now, 0 if healed else min(max(wait * 2, 1), HEAL_SECONDS_MAX))
@@ -184,7 +185,7 @@ async def reconcile(database: Database, keys_max: int = RECONCILE_KEYS) -> tuple
     return keys, units
 
 
-async def heal(database: Database, bootstrap: str, partition: int, crossings: Crossings | None = None) -> int:
+async def heal(database: Database, brokers: Brokers, partition: int, crossings: Crossings | None = None) -> int:
     """Read a partition of movements again for what its stopped keys are missing; return how many go on.
 
     Most of it is read beforehand. The rest, up to where live events have got to, is read under the partition's
@@ -194,7 +195,7 @@ async def heal(database: Database, bootstrap: str, partition: int, crossings: Cr
         stopped = await store.gaps(connection, partition)
     if not stopped:
         return 0
-    async with _reading(bootstrap, partition, stopped) as (read_until, end):
+    async with _reading(brokers, partition, stopped) as (read_until, end):
         await read_until(end)
 
         async def work(connection: Connection) -> int:
@@ -209,12 +210,12 @@ async def heal(database: Database, bootstrap: str, partition: int, crossings: Cr
 
 @asynccontextmanager
 async def _reading(
-    bootstrap: str, partition: int, stopped: Mapping[Key, datetime]
+    brokers: Brokers, partition: int, stopped: Mapping[Key, datetime]
 ) -> AsyncIterator[tuple[Callable[[int], Awaitable[list[Movement]]], int]]:
     """What reads the movements of stopped keys, from the last that was applied, up to an offset; and the end."""
     since = min(stopped.values()) - HEAL_MARGIN
     place = TopicPartition(codec.MOVEMENTS_TOPIC, partition)
-    consumer = AIOKafkaConsumer(bootstrap_servers=bootstrap, enable_auto_commit=False)
+    consumer = AIOKafkaConsumer(**brokers.options, enable_auto_commit=False)
     movements: list[Movement] = []
 
     async def read_until(end: int) -> list[Movement]:

@@ -54,8 +54,8 @@ class Workers:
         settings = self._settings
 
         def relay(source: Source, watermark_topic: str = "") -> workers.Work:
-            bootstrap, poll_seconds = settings.kafka_bootstrap, settings.relay_poll_seconds
-            return lambda: workers.relay(self._database, bootstrap, settings.pod, poll_seconds, source, watermark_topic)
+            brokers, poll_seconds = settings.brokers, settings.relay_poll_seconds
+            return lambda: workers.relay(self._database, brokers, settings.pod, poll_seconds, source, watermark_topic)
 
         alone: dict[str, workers.Work] = {
             "movements": relay(MOVEMENTS, codec.MOVEMENTS_TOPIC),
@@ -92,7 +92,7 @@ class Workers:
 
     def _commands_consumer(self) -> Consumer:
         return Consumer(
-            self._settings.kafka_bootstrap,
+            self._settings.brokers,
             [codec.COMMANDS_TOPIC],
             GROUP,
             f"{codec.COMMANDS_TOPIC}.dlq",

@@ -34,14 +34,14 @@ async def run(settings: Settings, role: str) -> None:
         timeout_seconds=settings.database_timeout_seconds,
     )
     client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
-    channel = open_channel(settings.inventory_target)
+    channel = open_channel(settings.inventory_target, settings.tls_directory)
     subjects = Subjects(parse_keys(settings.subject_keys.get_secret_value()))
     api = role in {"api", "all"}
     guard, following = None, None
     if api and settings.enforcement != "off":
         closed, stale_seconds = settings.enforcement == "closed", settings.enforcement_stale_seconds
         guard = Guard(subjects, closed=closed, stale_seconds=stale_seconds)
-        follower = Follower(settings.kafka_bootstrap, guard)
+        follower = Follower(settings.brokers, guard)
         following = asyncio.create_task(restarting("verdicts", follower.run))
         await follower.complete(settings.enforcement_start_seconds)
     commands = Commands(database, Inventory(channel), subjects, guard)

@@ -4,6 +4,7 @@ import asyncio
 from collections.abc import Iterable, Sequence
 
 import grpc
+import structlog
 from holdfast.inventory.v1 import error_reason_pb2, inventory_pb2, inventory_pb2_grpc
 
 from services.reservation.domain import Action, Ask, Change, Changed, Held, Mode, Reason, Reservation, ShortLine
@@ -12,6 +13,7 @@ from shared.errors import refusal_of
 from shared.refusal import Refusal
 from shared.wire import duration, moment
 
+log = structlog.get_logger(__name__)
 _MODES = {
     Mode.ALL: inventory_pb2.HOLD_MODE_ALL,
     Mode.BEST_EFFORT: inventory_pb2.HOLD_MODE_BEST_EFFORT,
@@ -27,6 +29,10 @@ _REASONS = {
     "OVERLOADED": Reason.INVENTORY_UNAVAILABLE,
     "DEADLINE_PASSED": Reason.INVENTORY_UNAVAILABLE,
     "STOPPING": Reason.INVENTORY_UNAVAILABLE,
+    # These are about this service and not about its caller.
+    "CALLER_UNKNOWN": Reason.INVENTORY_UNAVAILABLE,
+    "CALLER_FORBIDDEN": Reason.INVENTORY_UNAVAILABLE,
+    "CALLER_OVER_LIMIT": Reason.INVENTORY_UNAVAILABLE,
 }
 
 
@@ -174,4 +180,6 @@ def _unreachable(error: grpc.RpcError) -> Refusal:
     refusal = refusal_of(error)
     if refusal and refusal.reason not in _REASONS:
         return refusal
+    if refusal and refusal.reason.startswith("CALLER_"):
+        log.error("inventory does not let reservation in", reason=refusal.reason, **refusal.metadata)
     return Refusal(Reason.INVENTORY_UNAVAILABLE, "inventory cannot be reached; try again with the same request")

@@ -14,6 +14,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from services.reservation import codec
 from services.reservation.guard import Guard
 from shared.consumer import Message, Poison
+from shared.kafka import Brokers
 
 log = structlog.get_logger(__name__)
 POLL_MS = 1000
@@ -23,8 +24,8 @@ RECORDS_MAX = 500  # read at a stretch: callers wait meanwhile
 class Follower:
     """Reads all verdicts of `topic` into `guard`. To be run again, on the same Follower, when it raises."""
 
-    def __init__(self, bootstrap: str, guard: Guard, topic: str = codec.VERDICTS_TOPIC) -> None:
-        self._bootstrap = bootstrap
+    def __init__(self, brokers: Brokers, guard: Guard, topic: str = codec.VERDICTS_TOPIC) -> None:
+        self._brokers = brokers
         self._guard = guard
         self._partition = TopicPartition(topic, 0)
         self._next: int | None = None
@@ -40,9 +41,7 @@ class Follower:
 
     async def run(self) -> None:
         """Read until cancelled. Raises KafkaError when the brokers are away."""
-        consumer = AIOKafkaConsumer(
-            bootstrap_servers=self._bootstrap, enable_auto_commit=False, auto_offset_reset="earliest"
-        )
+        consumer = AIOKafkaConsumer(**self._brokers.options, enable_auto_commit=False, auto_offset_reset="earliest")
         await consumer.start()
         try:
             consumer.assign([self._partition])

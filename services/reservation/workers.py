@@ -37,7 +37,7 @@ class Workers:
         work = {
             "relay": lambda: workers.relay(
                 self._database,
-                settings.kafka_bootstrap,
+                settings.brokers,
                 settings.pod,
                 settings.relay_poll_seconds,
                 watermark_topic=codec.CHANGES_TOPIC,
@@ -62,7 +62,7 @@ class Workers:
 
     def _releases(self) -> Consumer:
         return Consumer(
-            self._settings.kafka_bootstrap,
+            self._settings.brokers,
             [codec.VERDICTS_TOPIC],
             GROUP,
             DLQ_TOPIC,

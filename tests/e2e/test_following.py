@@ -32,7 +32,7 @@ INSTANTS = 200
 
 @pytest.fixture
 async def sender(stack: Stack) -> AsyncIterator[AIOKafkaProducer]:
-    made = producer(stack.kafka_bootstrap, "test")
+    made = producer(stack.brokers, "test")
     await made.start()
     yield made
     await made.stop()
@@ -159,9 +159,7 @@ async def test_poison_is_set_aside_and_the_partition_goes_on(
     await send(sender, sku, received(sku, 1))
     assert (await view(holdfast, sku, 1)).on_hand == 1
     letters = [
-        letter
-        for letter in await dead_letters(stack.kafka_bootstrap, DLQ_TOPIC, limit=100)
-        if letter.key == sku.encode()
+        letter for letter in await dead_letters(stack.brokers, DLQ_TOPIC, limit=100) if letter.key == sku.encode()
     ]
     reasons = [dict(letter.headers)["dlq_reason"].decode() for letter in letters]
     assert reasons == ["not a StockMoved", "a StockMoved without kind, key, version or time"]

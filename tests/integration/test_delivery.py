@@ -204,7 +204,7 @@ class Post:
             "webhook_private": True, "smtp_host": "127.0.0.1", "smtp_port": self.mailbox.port, "smtp_starttls": False,
             "smtp_from": "holdfast@shop.example",
         }  # fmt: skip
-        self.settings = Settings(database_dsn="unused", **(default | settings))
+        self.settings = Settings(database_dsn="postgresql://unused", **(default | settings))
         self.adapters = delivery.channels(self.settings)
         self._all.append(self.adapters)
         self.api = NotificationServicer(self.settings, self.database, self.adapters)
@@ -850,7 +850,7 @@ async def test_a_private_address_is_not_connected_to(host: str, error: str) -> N
 
 async def test_a_private_address_is_dead_at_once(post: Post) -> None:
     """As the service is set unless it is told otherwise."""
-    assert Settings(database_dsn="unused").webhook_private is False
+    assert Settings(database_dsn="postgresql://unused").webhook_private is False
     post.set(webhook_private=False)
     await post.subscribe(path="hook")
     await post.tell(100)

@@ -30,6 +30,7 @@ from shared.channel import open_channel
 from shared.client import Holdfast
 from shared.consumer import Batch, Bury, Busy, Consumer, dead_letters
 from shared.database import Database
+from shared.kafka import Brokers
 from shared.outbox import producer
 from shared.refusal import Refusal
 from shared.topics import Topic
@@ -102,7 +103,7 @@ def hashed(customer: str) -> str:
 
 @pytest.fixture
 async def sender(stack: Stack) -> AsyncIterator[AIOKafkaProducer]:
-    sender = producer(stack.kafka_bootstrap, "test")
+    sender = producer(stack.brokers, "test")
     await sender.start()
     yield sender
     await sender.stop()
@@ -127,7 +128,7 @@ async def at(pods: Supervisor, reservation_db: Database) -> AsyncIterator[Callab
 @asynccontextmanager
 async def following(stack: Stack, judge: Judge, guard: Guard, follower: Follower | None = None) -> AsyncIterator[None]:
     """A follower at work, which has read what was told before."""
-    follower = follower or Follower(stack.kafka_bootstrap, guard, judge._topic)
+    follower = follower or Follower(stack.brokers, guard, judge._topic)
     task = asyncio.create_task(follower.run())
     try:
         assert await follower.complete(20)
@@ -207,7 +208,7 @@ async def test_a_closed_service_refuses_while_it_has_heard_nothing_for_too_long(
 async def test_a_follower_skips_poison_and_goes_on_where_it_stopped(stack: Stack, judge: Judge) -> None:
     """What is unreadable harms nothing; run again, nothing is read twice."""
     guard = Heard()
-    follower = Follower(stack.kafka_bootstrap, guard, judge._topic)
+    follower = Follower(stack.brokers, guard, judge._topic)
     await judge.says("block/x", b"\xffnonsense")
     await judge.says("heartbeat", ep.Verdict(heartbeat=ep.Heartbeat(limits=[ep.Limit()])).SerializeToString())
     await judge.releases("case")
@@ -243,7 +244,7 @@ async def test_with_kafka_away_what_is_known_goes_on(
 
 async def test_a_pod_serves_without_kafka() -> None:
     """A follower that finds no broker raises, to be started again; who waits for it gives up in time."""
-    follower = Follower(f"127.0.0.1:{free_port()}", Heard())
+    follower = Follower(Brokers(f"127.0.0.1:{free_port()}"), Heard())
     with pytest.raises(KafkaError):
         await follower.run()
     assert not await follower.complete(0.01)
@@ -277,7 +278,7 @@ async def test_a_decided_case_cancels_what_is_held(
     for _ in range(2):
         await judge.releases(case, held.reservation_id, sold.reservation_id, "nowhere")
     await judge.releases("last")
-    consumer = Consumer(stack.kafka_bootstrap, [judge._topic], new("group"), dlq, handle)
+    consumer = Consumer(stack.brokers, [judge._topic], new("group"), dlq, handle)
     task = asyncio.create_task(consumer.run())
     try:
         await asyncio.wait_for(done.wait(), 30)
@@ -287,7 +288,7 @@ async def test_a_decided_case_cancels_what_is_held(
     (outcome,) = await commands.reserve([held])
     assert not isinstance(outcome, Refusal)
     assert outcome[0].state == rp.RESERVATION_STATE_CANCELLED
-    letters = await dead_letters(stack.kafka_bootstrap, dlq, limit=10)
+    letters = await dead_letters(stack.brokers, dlq, limit=10)
     assert [dict(letter.headers)["dlq_reason"] for letter in letters] == [
         b"not a Verdict",
         b"a Release whose request_id must be 1 to 64 characters of A-Z a-z 0-9 . _ : / -",

@@ -23,7 +23,7 @@ from tests.integration.goods import hold, put, stock
 
 @pytest.fixture
 async def sender(stack: Stack) -> AsyncIterator[AIOKafkaProducer]:
-    sender = producer(stack.kafka_bootstrap, "test")
+    sender = producer(stack.brokers, "test")
     await sender.start()
     yield sender
     await sender.stop()
@@ -167,22 +167,20 @@ async def test_commands_are_obeyed_once_and_poison_is_set_aside(
         (b"last", command("4", "A", 1)),
     ):
         await sender.send_and_wait(topic, value, key=key, partition=0)
-    running = asyncio.ensure_future(
-        Consumer(stack.kafka_bootstrap, [topic], new("group"), f"{topic}.dlq", handle).run()
-    )
+    running = asyncio.ensure_future(Consumer(stack.brokers, [topic], new("group"), f"{topic}.dlq", handle).run())
     try:
         await asyncio.wait_for(obeyed.wait(), 20)
         letters = await read(stack, f"{topic}.dlq", 2)
         reasons = [dict(letter.headers)["dlq_reason"].decode().split(":")[0] for letter in letters]
         assert sorted(reasons) == ["FIELD_INVALID", "SKU_NOT_FOUND"]
         assert await stock(inventory_db, "A") == (8, 0)
-        assert len(await dead_letters(stack.kafka_bootstrap, f"{topic}.dlq", limit=10)) == 2
+        assert len(await dead_letters(stack.brokers, f"{topic}.dlq", limit=10)) == 2
         await put(commands, "B", 0)
-        assert await replay(stack.kafka_bootstrap, f"{topic}.dlq", limit=10) == 2
+        assert await replay(stack.brokers, f"{topic}.dlq", limit=10) == 2
         async with asyncio.timeout(20):
             while (await stock(inventory_db, "B"))[0] != 7:
                 await asyncio.sleep(0.05)
-        assert await replay(stack.kafka_bootstrap, f"{topic}.dlq", limit=1) == 1
+        assert await replay(stack.brokers, f"{topic}.dlq", limit=1) == 1
     finally:
         running.cancel()
         await asyncio.wait([running])
@@ -205,7 +203,7 @@ async def test_busy_waits_and_too_many_dead_letters_stop(stack: Stack, sender: A
             await bury(message, Poison("no good"))
 
     consumer = Consumer(
-        stack.kafka_bootstrap,
+        stack.brokers,
         [topic],
         new("group"),
         f"{topic}.dlq",

@@ -45,7 +45,7 @@ class Shop:
 
     def __init__(self, database: Database) -> None:
         self.database = database
-        self.settings = Settings(database_dsn="unused")
+        self.settings = Settings(database_dsn="postgresql://unused")
         self.servicer = FraudServicer(self.settings, database, Turns(4, 4))
         self._offsets = [0] * PARTITIONS
 

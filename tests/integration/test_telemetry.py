@@ -47,13 +47,17 @@ class Shop(inventory_pb2_grpc.InventoryServiceServicer):
 async def shop(endpoint: str, ratio: float = 0.0) -> AsyncIterator[Any]:
     """A stub of a server that exports to `endpoint`."""
     settings = Settings(
-        database_dsn="", listen="127.0.0.1:0", pod="shop-0", otlp_endpoint=endpoint, trace_sample_ratio=ratio
+        database_dsn="postgresql://holdfast@127.0.0.1:5432/inventory",
+        listen="127.0.0.1:0",
+        pod="shop-0",
+        otlp_endpoint=endpoint,
+        trace_sample_ratio=ratio,
     )
 
     def register(target: Any) -> None:
         inventory_pb2_grpc.add_InventoryServiceServicer_to_server(Shop(), target)  # type: ignore[abstract] # one call
 
-    running, _, _ = server.build(settings, ERRORS, register, [])
+    (running,), _, _ = server.build(settings, ERRORS, register, [])
     port = running.add_insecure_port("127.0.0.1:0")
     async with telemetry.exporting(settings, "shop"):
         await running.start()

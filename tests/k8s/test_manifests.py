@@ -21,14 +21,6 @@ SERVICES = ("inventory", "reservation", "analytics")
 VERSIONS = ("1.33", "1.36")
 # Kinds that are not Kubernetes' own: their shape is checked by tests of their own below.
 CUSTOM = {"Certificate", "PodMonitor", "PrometheusRule"}
-# Settings that the parts for TLS and for metrics bring.
-COMING = {
-    "HOLDFAST_ACCESS_FILE",
-    "HOLDFAST_INSECURE",
-    "HOLDFAST_METRICS_LISTEN",
-    "HOLDFAST_OTLP_ENDPOINT",
-    "HOLDFAST_TLS_DIRECTORY",
-}
 
 
 def environment(settings: type[Settings]) -> set[str]:
@@ -176,7 +168,7 @@ def test_settings_that_are_required_are_set(objects: list[Object]) -> None:
 
 def test_no_variable_is_unknown(objects: list[Object]) -> None:
     """A name that no Settings class has would be set in vain."""
-    known = set().union(*(environment(settings_of(service)) for service in SERVICES)) | COMING
+    known = set().union(*(environment(settings_of(service)) for service in SERVICES))
     for pod in holdfast(objects):
         for container in pod.containers:
             named = {variable["name"] for variable in container.get("env", [])}

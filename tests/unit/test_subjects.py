@@ -70,7 +70,7 @@ def test_a_reservation_keeps_its_hashes_while_their_key_is_there() -> None:
 def test_bad_keys_end_the_process_without_showing_them(text: str, why: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """One line that names the variable and the key's number, and nothing of the key."""
     for name in ("DATABASE_DSN", "INVENTORY_TARGET"):
-        monkeypatch.setenv(f"HOLDFAST_{name}", "x")
+        monkeypatch.setenv(f"HOLDFAST_{name}", "postgresql://x")
     monkeypatch.setenv("HOLDFAST_SUBJECT_KEYS", text)
     with pytest.raises(SystemExit) as ended:
         load(Settings)
