@@ -86,7 +86,7 @@ async def wait(dsn: str, service: str, phases: Sequence[str], seconds_max: float
     Raises TimeoutError.
     """
     engine = create_async_engine(
-        dsn.replace("postgresql://", "postgresql+asyncpg://", 1), connect_args={"timeout": CONNECT_SECONDS_MAX}
+        "postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(dsn, timeout=CONNECT_SECONDS_MAX)
     )
     deadline = time.monotonic() + seconds_max
     try:

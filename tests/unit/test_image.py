@@ -77,7 +77,7 @@ def test_compose_starts_every_role_with_what_it_needs() -> None:
             pod = compose[service if role == "api" else f"{service}-worker"]
             assert pod["command"] == [f"services.{service}", "--role", role]
             assert required <= set(pod["environment"])
-            assert set(pod["environment"]) <= set(known) | {"HOLDFAST_INSECURE"}
+            assert set(pod["environment"]) <= set(known)
             assert pod["read_only"]
             assert pod["depends_on"]["migrate"] == {"condition": "service_completed_successfully"}
             assert pod["healthcheck"]["test"] == ["CMD", "python", "-m", "shared.health"]

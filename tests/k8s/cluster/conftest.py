@@ -2,6 +2,8 @@
 
 Where a node's address is one of this machine, PostgreSQL, Redis and Kafka run here, outside the cluster, and the pods
 reach them through `external-backends`; elsewhere (kind) the component `backends` runs them in the cluster.
+
+All speak TLS by the component `tls`; an authority of the test's own stands for cert-manager, so that none is needed.
 """
 
 import json
@@ -23,13 +25,19 @@ from urllib.parse import urlsplit
 import pytest
 import yaml
 
+from deploy.local.certificates import Authority
 from deploy.local.stack import Stack
+from shared.tls import FILES
 from tests.k8s.manifests import ROOT
 
 KUBECTL = shutil.which("kubectl") or "kubectl"
 NAMESPACE = "holdfast"
 T = TypeVar("T")
 SERVICES = ("inventory", "reservation", "analytics")
+# Whose certificates there are, and for which names: a pod of customers has the roles of a shop and of a warehouse.
+NAMES = {service: (f"{service}.{NAMESPACE}.svc.cluster.local", service) for service in SERVICES} | {
+    "shopper": ("shop", "warehouse")
+}
 WORKLOADS = [f"deployment/{service}{role}" for service in SERVICES for role in ("", "-worker")]
 CONNECTION_AGE_SECONDS = 10
 ROLLOUT_SECONDS_MAX = 300
@@ -172,6 +180,14 @@ def _overlay(image: str, host: str, ports: dict[str, int]) -> dict[str, Any]:
     dsn = f"postgresql://{'holdfast@postgres' if ports else inside}:5432"
     secrets = {service: [f"database-dsn={dsn}/{service}"] for service in SERVICES} | {"postgres": ["password=local"]}
     secrets["reservation"].append(f"subject-keys={TRIAL_KEY}")
+    certificates = [
+        {
+            "name": f"{owner}-tls",
+            "files": [f"{owner}/{file}" for file in FILES],
+            "options": {"disableNameSuffixHash": True},
+        }
+        for owner in NAMES
+    ]
 
     def patch(kind: str, *steps: dict[str, Any], **target: str) -> dict[str, Any]:
         return {"target": {"kind": kind, **target}, "patch": json.dumps(steps)}
@@ -188,14 +204,17 @@ def _overlay(image: str, host: str, ports: dict[str, int]) -> dict[str, Any]:
         "kind": "Kustomization",
         "namespace": NAMESPACE,
         "resources": [f"{k8s}/base"],
-        "components": [f"{k8s}/components/{'external-backends' if ports else 'backends'}", f"{k8s}/release"],
+        "components": [
+            f"{k8s}/components/{'external-backends' if ports else 'backends'}",
+            f"{k8s}/components/tls",
+            f"{k8s}/release",
+        ],
         "images": [{"name": "holdfast", "newName": name, "newTag": tag}],
         "configMapGenerator": [
             {
                 "name": "holdfast",
                 "behavior": "merge",
                 "literals": [
-                    "HOLDFAST_INSECURE=true",
                     f"HOLDFAST_CONNECTION_AGE_SECONDS_MAX={CONNECTION_AGE_SECONDS}",
                 ],
             }
@@ -203,9 +222,11 @@ def _overlay(image: str, host: str, ports: dict[str, int]) -> dict[str, Any]:
         "secretGenerator": [
             {"name": secret, "literals": literals, "options": {"disableNameSuffixHash": True}}
             for secret, literals in secrets.items()
-        ],
+        ]
+        + certificates,
         "patches": [
             *outside,
+            {"target": {"kind": "Certificate"}, "patch": "$patch: delete\nkind: Certificate\nmetadata: {name: any}"},
             patch("Deployment", replace("/spec/template/spec/containers/0/resources/requests/cpu", "100m")),
             patch("Deployment", replace("/spec/replicas", 1), labelSelector="app.kubernetes.io/component=worker"),
             patch("HorizontalPodAutoscaler", replace("/spec/metrics/0/resource/target/averageUtilization", 100_000)),
@@ -228,12 +249,14 @@ def _client(image: str) -> str:
         "metadata": {"name": "shopper", "labels": {"holdfast-client": "true"}},
         "spec": {
             "automountServiceAccountToken": False,
-            "securityContext": {"runAsNonRoot": True, "seccompProfile": {"type": "RuntimeDefault"}},
+            "securityContext": {"runAsNonRoot": True, "fsGroup": 10001, "seccompProfile": {"type": "RuntimeDefault"}},
+            "volumes": [{"name": "tls", "secret": {"secretName": "shopper-tls", "defaultMode": 0o440}}],
             "containers": [
                 {
                     "name": "shopper",
                     "image": image,
                     "command": ["python", "-c", wait],
+                    "volumeMounts": [{"name": "tls", "mountPath": "/etc/holdfast/tls"}],
                     "resources": {"requests": {"cpu": "100m", "memory": "128Mi"}, "limits": limits},
                     "securityContext": {
                         "allowPrivilegeEscalation": False,
@@ -280,6 +303,9 @@ def overlay(backends: tuple[str, dict[str, int]]) -> Iterator[Path]:
     try:
         with tempfile.TemporaryDirectory(dir=ROOT / ".local", prefix="k8s-") as name:
             path = Path(name)
+            authority = Authority()
+            for owner, known in NAMES.items():
+                authority.issue(path / owner, *known)
             (path / "kustomization.yaml").write_text(yaml.safe_dump(_overlay(image, *backends)))
             kubectl("apply", "-k", str(path))
             kubectl("apply", "-f", "-", content=_client(image))

@@ -55,7 +55,7 @@ async def main() -> None:
     loop = asyncio.get_running_loop()
     stop = asyncio.Event()
     loop.add_reader(sys.stdin, stop.set)
-    async with Holdfast(*TARGETS) as holdfast:
+    async with Holdfast(*TARGETS, tls_directory="/etc/holdfast/tls") as holdfast:
         await stock(holdfast)
         seen: dict[str, Any] = {"made": 0, "failed": []}
         customers = [asyncio.ensure_future(shop(holdfast, stop, seen)) for _ in range(CUSTOMERS)]

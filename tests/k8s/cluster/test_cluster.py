@@ -214,20 +214,31 @@ def test_logs_are_one_object_a_line() -> None:
 def test_metrics_are_read_from_another_pod() -> None:
     """Prometheus finds the calls in flight on every pod's port 9464."""
     code = """
-import json, sys, urllib.error, urllib.request
-try:
-    text = urllib.request.urlopen(f"http://{sys.argv[1]}:9464/metrics", timeout=5).read().decode()
-except urllib.error.URLError as error:
-    text = "refused" if isinstance(error.reason, ConnectionRefusedError) else str(error)
-print(json.dumps(text))
+import sys, urllib.request
+print(urllib.request.urlopen(f"http://{sys.argv[1]}:9464/metrics", timeout=5).read().decode())
 """
     for service, role in ROLES:
         for pod in pods(service, role):
             address = pod["status"]["podIP"]
-            text = json.loads(kubectl("exec", "shopper", "--", "python", "-c", code, address))
-            if text == "refused":
-                pytest.skip("the pods serve no metrics yet")  # until /metrics is there
-            assert "holdfast_calls_in_flight" in text
+            assert "\nholdfast_calls_in_flight " in kubectl("exec", "shopper", "--", "python", "-c", code, address)
+
+
+@pytest.mark.usefixtures("deployed")
+def test_nobody_comes_in_without_a_certificate() -> None:
+    """A pod that knows the name and shows none is let in nowhere."""
+    code = """
+import grpc, sys
+from grpc_health.v1 import health_pb2, health_pb2_grpc
+with grpc.insecure_channel(sys.argv[1]) as channel:
+    try:
+        health_pb2_grpc.HealthStub(channel).Check(health_pb2.HealthCheckRequest(), timeout=10)
+        print("let in")
+    except grpc.RpcError as error:
+        print(error.code().name)
+"""
+    for service in SERVICES:
+        target = f"dns:///{service}.{NAMESPACE}.svc.cluster.local:50051"
+        assert kubectl("exec", "shopper", "--", "python", "-c", code, target) == "UNAVAILABLE\n"
 
 
 @pytest.mark.usefixtures("deployed")
