@@ -19,6 +19,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
+from opentelemetry.sdk.trace import Span
 from prometheus_client import Histogram
 
 from shared import metrics, telemetry
@@ -39,7 +40,7 @@ class _Waiting(Generic[Item, Result]):
     since: float
     deadline: float
     done: asyncio.Future[Result]
-    span: telemetry.Span | None
+    span: Span | None
 
 
 @dataclass(slots=True)

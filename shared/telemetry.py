@@ -18,8 +18,9 @@ r"""Traces: one from a client's call to the message that a subscriber gets, thro
 * **No personal data**: attributes are names of methods, queues, topics and rules, SKUs, counts and outcomes. Of an
   exception only the class is told.
 
-Spans, contexts and what is under way are OpenTelemetry's, so that its other tools see them; what they are made of and
-sent by is not its SDK, which takes ten times as long for a span: more than a Reserve has to spare.
+Spans, contexts, what is under way and what is sent are OpenTelemetry's, so that its other tools see them. Who is traced
+is decided here, before a span is made, and they are sent from the event loop: its SDK would do both for every call, and
+the latter in a thread that is not waited for in time.
 """
 
 import asyncio
@@ -37,12 +38,22 @@ import grpc
 import structlog
 from opentelemetry import context as contexts
 from opentelemetry import trace
-from opentelemetry.proto.collector.trace.v1.trace_service_pb2 import ExportTraceServiceRequest
+from opentelemetry.exporter.otlp.proto.common.trace_encoder import encode_spans
 from opentelemetry.proto.collector.trace.v1.trace_service_pb2_grpc import TraceServiceStub
-from opentelemetry.proto.common.v1.common_pb2 import AnyValue, InstrumentationScope, KeyValue
-from opentelemetry.proto.resource.v1.resource_pb2 import Resource
-from opentelemetry.proto.trace.v1 import trace_pb2 as pb
-from opentelemetry.trace import SpanContext, SpanKind, StatusCode, TraceFlags, get_current_span, set_span_in_context
+from opentelemetry.sdk.resources import Resource
+from opentelemetry.sdk.trace import ReadableSpan, Span, SpanLimits, SpanProcessor, TracerProvider
+from opentelemetry.sdk.trace.sampling import ALWAYS_ON
+from opentelemetry.trace import (
+    Link,
+    NonRecordingSpan,
+    SpanContext,
+    SpanKind,
+    Status,
+    StatusCode,
+    TraceFlags,
+    get_current_span,
+    set_span_in_context,
+)
 
 from shared import metrics
 from shared.settings import Settings
@@ -64,108 +75,32 @@ Attributes = Mapping[str, Value]
 Stub = TypeVar("Stub")
 log = structlog.get_logger(__name__)
 _TRACEPARENT = re.compile(r"(?!ff)[0-9a-f]{2}-([0-9a-f]{32})-([0-9a-f]{16})-([0-9a-f]{2})(?:-.*)?")
-_SAMPLED = TraceFlags(TraceFlags.SAMPLED)
-_KINDS = {kind: pb.Span.SpanKind.Value(f"SPAN_KIND_{kind.name}") for kind in SpanKind}
 
 
-class Span(trace.Span):
-    """Something that takes time, recorded; it goes to the collector when it ends."""
-
-    def __init__(
-        self,
-        name: str,
-        parent: SpanContext | None,
-        kind: SpanKind = SpanKind.INTERNAL,
-        attributes: Attributes | None = None,
-        links: Iterable[SpanContext] = (),
-        start_nanos: int = 0,
-    ) -> None:
-        trace_id = parent.trace_id if parent else random.getrandbits(128)
-        self._context = SpanContext(trace_id, random.getrandbits(64), False, _SAMPLED)
-        self._name = name
-        self._parent_id = parent.span_id if parent else 0
-        self._kind = kind
-        self._attributes: dict[str, Any] = dict(attributes or {})
-        self._links = list(links)
-        self._failure = ""
-        self._start_nanos = start_nanos or time.time_ns()
-        self._end_nanos = 0
-
-    def end(self, end_time: int | None = None) -> None:
-        if not self._end_nanos:
-            self._end_nanos = end_time or time.time_ns()
-            if _process.exporter:
-                _process.exporter.take(self)
-
-    def get_span_context(self) -> SpanContext:
-        return self._context
-
-    def is_recording(self) -> bool:
-        return not self._end_nanos
-
-    def set_attribute(self, key: str, value: Any) -> None:
-        self._attributes[key] = value
-
-    def set_attributes(self, attributes: Mapping[str, Any]) -> None:
-        self._attributes |= attributes
-
-    def add_link(self, context: SpanContext, attributes: Any = None) -> None:
-        del attributes
-        self._links.append(context)
-
-    def set_status(self, status: Any, description: str | None = None) -> None:
-        code = getattr(status, "status_code", status)
-        self._failure = (description or getattr(status, "description", "") or "") if code is StatusCode.ERROR else ""
-
-    def fail(self, why: str) -> None:
-        """Mark it as failed; `why` is a status or a class of exceptions, as their texts may hold what somebody sent."""
-        self._failure = why
-
-    def update_name(self, name: str) -> None:
-        self._name = name
-
-    def add_event(self, name: str, attributes: Any = None, timestamp: int | None = None) -> None:
-        """Nothing of ours has events."""
-
-    def record_exception(
-        self, exception: BaseException, attributes: Any = None, timestamp: int | None = None, escaped: bool = False
-    ) -> None:
-        """Of an exception only its class is told."""
-        del attributes, timestamp, escaped
-        self.fail(type(exception).__name__)
-
-    def encoded(self) -> pb.Span:
-        return pb.Span(
-            trace_id=_bytes(self._context.trace_id, 16),
-            span_id=_bytes(self._context.span_id, 8),
-            parent_span_id=_bytes(self._parent_id, 8) if self._parent_id else b"",
-            name=self._name,
-            kind=_KINDS[self._kind],
-            start_time_unix_nano=self._start_nanos,
-            end_time_unix_nano=self._end_nanos,
-            attributes=_encoded(self._attributes),
-            links=[
-                pb.Span.Link(trace_id=_bytes(link.trace_id, 16), span_id=_bytes(link.span_id, 8))
-                for link in self._links[:LINKS_MAX]
-            ],
-            status=pb.Status(code=pb.Status.STATUS_CODE_ERROR, message=self._failure) if self._failure else None,
-        )
+def _start(
+    name: str,
+    parent: SpanContext | None,
+    kind: SpanKind = SpanKind.INTERNAL,
+    attributes: Attributes | None = None,
+    links: Iterable[SpanContext] = (),
+    start_nanos: int | None = None,
+) -> Span:
+    """A span, which goes to the collector when it ends."""
+    assert _process.tracer
+    context = contexts.Context()
+    if parent:
+        context = set_span_in_context(NonRecordingSpan(parent), context)
+    told = [Link(one) for one in links]
+    made = _process.tracer.start_span(
+        name, context, kind, attributes, told, start_nanos, record_exception=False, set_status_on_exception=False
+    )
+    assert isinstance(made, Span)
+    return made
 
 
-def _bytes(number: int, length: int) -> bytes:
-    return number.to_bytes(length, "big")
-
-
-def _encoded(attributes: Attributes) -> list[KeyValue]:
-    return [KeyValue(key=key, value=_value(value)) for key, value in attributes.items()]
-
-
-def _value(value: Value) -> AnyValue:
-    if isinstance(value, str):
-        return AnyValue(string_value=value)
-    if isinstance(value, bool):
-        return AnyValue(bool_value=value)
-    return AnyValue(int_value=value) if isinstance(value, int) else AnyValue(double_value=value)
+def fail(span: Span, why: str) -> None:
+    """Mark it as failed; `why` is a status or a class of exceptions, as their texts may hold what somebody sent."""
+    span.set_status(Status(StatusCode.ERROR, why))
 
 
 # -- on and off
@@ -175,7 +110,7 @@ def _value(value: Value) -> AnyValue:
 class _Process:
     """What this process traces with; without an exporter nothing is traced."""
 
-    exporter: "_Exporter | None" = None
+    tracer: trace.Tracer | None = None
     ratio: float = 0.0
     errors: int = 0
     errors_since: float = 0.0
@@ -193,20 +128,27 @@ async def exporting(settings: Settings, service: str) -> AsyncIterator[None]:
         yield
         return
     about = {"service.namespace": "holdfast", "service.name": service, "service.instance.id": settings.pod}
-    exporter = _Exporter(settings.otlp_endpoint, about)
-    _process.exporter, _process.ratio = exporter, settings.trace_sample_ratio
+    exporter = _Exporter(settings.otlp_endpoint)
+    provider = TracerProvider(
+        sampler=ALWAYS_ON,
+        resource=Resource.create(about),
+        shutdown_on_exit=False,
+        span_limits=SpanLimits(max_links=LINKS_MAX),
+    )
+    provider.add_span_processor(exporter)
+    _process.tracer, _process.ratio = provider.get_tracer("holdfast"), settings.trace_sample_ratio
     sending = asyncio.create_task(exporter.run())
     try:
         yield
     finally:
-        _process.exporter = None
+        _process.tracer = None
         await exporter.close(sending)
 
 
-class _Exporter:
-    """Sends ended spans to a collector, in order, a batch at a time. `about` says whose they are."""
+class _Exporter(SpanProcessor):
+    """Sends ended spans to a collector, in order, a batch at a time."""
 
-    def __init__(self, endpoint: str, about: Attributes) -> None:
+    def __init__(self, endpoint: str) -> None:
         address = endpoint.rpartition("://")[2].rstrip("/")
         secure = endpoint.startswith("https://")
         self._channel = (
@@ -215,12 +157,11 @@ class _Exporter:
             else grpc.aio.insecure_channel(address)
         )
         self._stub = TraceServiceStub(self._channel)  # type: ignore[no-untyped-call]
-        self._resource = Resource(attributes=_encoded(about))
-        self._waiting: deque[Span] = deque()
+        self._waiting: deque[ReadableSpan] = deque()
         self._closing = asyncio.Event()
         self._away = False
 
-    def take(self, span: Span) -> None:
+    def on_end(self, span: ReadableSpan) -> None:
         if len(self._waiting) < QUEUE_SPANS_MAX:
             self._waiting.append(span)
         else:
@@ -234,14 +175,10 @@ class _Exporter:
             while self._waiting:
                 await self._send([self._waiting.popleft() for _ in range(min(EXPORT_SPANS_MAX, len(self._waiting)))])
 
-    async def _send(self, spans: Sequence[Span]) -> None:
-        scope = pb.ScopeSpans(scope=InstrumentationScope(name="holdfast"), spans=[span.encoded() for span in spans])
-        request = ExportTraceServiceRequest(
-            resource_spans=[pb.ResourceSpans(resource=self._resource, scope_spans=[scope])]
-        )
+    async def _send(self, spans: Sequence[ReadableSpan]) -> None:
         taken = False
         try:
-            await self._stub.Export(request, timeout=EXPORT_SECONDS_MAX, wait_for_ready=True)
+            await self._stub.Export(encode_spans(spans), timeout=EXPORT_SECONDS_MAX, wait_for_ready=True)
             taken = True
         except grpc.aio.AioRpcError as error:
             if not self._away:
@@ -265,7 +202,7 @@ class _Exporter:
 
 def current() -> Span | None:
     """The span under way, if it is recorded here."""
-    if _process.exporter is None:
+    if _process.tracer is None:
         return None
     span = get_current_span()
     return span if isinstance(span, Span) and span.is_recording() else None
@@ -290,7 +227,7 @@ def span(name: str, kind: SpanKind = SpanKind.INTERNAL, attributes: Attributes |
     if parent is None:
         yield None
         return
-    with _under_way(Span(name, parent.get_span_context(), kind, attributes)) as made:
+    with _under_way(_start(name, parent.get_span_context(), kind, attributes)) as made:
         yield made
 
 
@@ -311,10 +248,10 @@ def follow(
     name: str, parent: str, kind: SpanKind = SpanKind.INTERNAL, attributes: Attributes | None = None
 ) -> Span | None:
     """A child of what was kept as `parent`, to be ended by the caller; None when that is empty or not traced."""
-    known = _read(parent) if parent and _process.exporter else None
+    known = _read(parent) if parent and _process.tracer else None
     if known is None or not known.trace_flags.sampled:
         return None
-    return Span(name, known, kind, attributes)
+    return _start(name, known, kind, attributes)
 
 
 @contextlib.contextmanager
@@ -334,7 +271,7 @@ def ending(spans: Collection[Span]) -> Iterator[None]:
         yield
     except BaseException as error:
         for one in spans:
-            one.record_exception(error)
+            fail(one, type(error).__name__)
         raise
     finally:
         for one in spans:
@@ -343,7 +280,7 @@ def ending(spans: Collection[Span]) -> Iterator[None]:
 
 def leave() -> None:
     """Let go of what is under way, in a task that works for others than who started it."""
-    if _process.exporter is not None:
+    if _process.tracer is not None:
         contexts.attach(contexts.Context())
 
 
@@ -352,12 +289,12 @@ def leave() -> None:
 
 def serve(method: str, context: Any) -> Span | None:
     """The span of a call that has come, under way in its task; None when it is not traced."""
-    if _process.exporter is None:
+    if _process.tracer is None:
         return None
     caller = _caller(context)
     if not (caller.trace_flags.sampled if caller else random.random() < _process.ratio):  # noqa: S311 - a sample
         return None
-    made = Span(method, caller, SpanKind.SERVER, _of_call(method))
+    made = _start(method, caller, SpanKind.SERVER, _of_call(method))
     contexts.attach(set_span_in_context(made))  # a call has a task of its own, and with it a context
     return made
 
@@ -365,10 +302,10 @@ def serve(method: str, context: Any) -> Span | None:
 def answered(method: str, context: Any, span: Span | None, code: str, seconds: float) -> None:
     """End a call's span; an error of ours gets one even where the call was not traced."""
     if span is None:
-        if _process.exporter is None or code not in KEPT or not _room_for_an_error():
+        if _process.tracer is None or code not in KEPT or not _room_for_an_error():
             return
         began = time.time_ns() - int(seconds * NANOSECOND)
-        span = Span(method, _caller(context), SpanKind.SERVER, _of_call(method), start_nanos=began)
+        span = _start(method, _caller(context), SpanKind.SERVER, _of_call(method), start_nanos=began)
     _ends(span, code, failed=code in KEPT)
 
 
@@ -379,7 +316,7 @@ def _of_call(method: str) -> Attributes:
 def _ends(span: Span, code: str, *, failed: bool) -> None:
     span.set_attribute("rpc.response.status_code", code)
     if failed:
-        span.fail(code)
+        fail(span, code)
     span.end()
 
 
@@ -422,7 +359,7 @@ class _Traced:
         known = under_way.get_span_context()
         if not known.is_valid:
             return self._call(request, metadata=metadata, **more)
-        made = Span(self._name, known, SpanKind.CLIENT, _of_call(self._name)) if current() else None
+        made = _start(self._name, known, SpanKind.CLIENT, _of_call(self._name)) if current() else None
         call = self._call(request, metadata=(*(metadata or ()), (KEY, written(made or under_way))), **more)
         if made is not None:
             answer = asyncio.ensure_future(_answer(made, call))
@@ -447,7 +384,7 @@ def batch(name: str, callers: Iterable[Span | None], attributes: Attributes) -> 
         yield None
         return
     known = [one.get_span_context() for one in told]
-    made = Span(f"batch {name}", known[0], attributes=attributes, links=known)
+    made = _start(f"batch {name}", known[0], attributes=attributes, links=known)
     for one in told:
         one.add_link(made.get_span_context())
     with _under_way(made):
@@ -459,11 +396,11 @@ def processing(name: str, messages: Sequence[Any], attributes: Attributes) -> It
     """A span for each trace that a batch of Kafka messages has; the first is under way, the others link to it."""
     spans: list[Span] = []
     by_key: dict[bytes | None, Span] = {}
-    for value, keys in (_by_trace(messages) if _process.exporter else {}).items():
+    for value, keys in (_by_trace(messages) if _process.tracer else {}).items():
         known = _read(value.decode(errors="replace"))
         if known and known.trace_flags.sampled and len(spans) < TRACES_MAX:
             told = {**attributes, "messaging.batch.message_count": len(keys)}
-            made = Span(name, known, SpanKind.CONSUMER, told, [one.get_span_context() for one in spans[:1]])
+            made = _start(name, known, SpanKind.CONSUMER, told, [one.get_span_context() for one in spans[:1]])
             spans.append(made)
             by_key |= dict.fromkeys(keys, made)
     if not spans:

@@ -322,7 +322,7 @@ class Sender:
                 with telemetry.following(name, claim.traceparent, SpanKind.CLIENT, told) as span:
                     outcome = await self.attempt(claim)
                     if span and outcome.error:
-                        span.fail(outcome.error)
+                        telemetry.fail(span, outcome.error)
                     await self.record(claim, outcome)
         except Exception as error:  # noqa: BLE001 - it must not take other targets with it
             log.warning("target left for later", target=target, error=type(error).__name__)

@@ -47,7 +47,11 @@ class Shop(inventory_pb2_grpc.InventoryServiceServicer):
 async def shop(endpoint: str, ratio: float = 0.0) -> AsyncIterator[Any]:
     """A stub of a server that exports to `endpoint`."""
     settings = Settings(
-        database_dsn="", listen="127.0.0.1:0", pod="shop-0", otlp_endpoint=endpoint, trace_sample_ratio=ratio
+        database_dsn="postgresql://nobody@localhost/nothing",
+        listen="127.0.0.1:0",
+        pod="shop-0",
+        otlp_endpoint=endpoint,
+        trace_sample_ratio=ratio,
     )
 
     def register(target: Any) -> None:

@@ -416,6 +416,7 @@ class Pool:
     def __init__(self, connect: Callable[[], Connection], connections_max: int = 10) -> None:
         self._connect = connect
         self._room = asyncio.Semaphore(connections_max)
+        self._connections_max = connections_max
 
     @asynccontextmanager
     async def acquire(self, *, timeout: float) -> Any:  # the wait for a connection, as asyncpg names it
@@ -429,6 +430,15 @@ class Pool:
         finally:
             connection.close()
             self._room.release()
+
+    def get_max_size(self) -> int:
+        return self._connections_max
+
+    def get_size(self) -> int:
+        return self._connections_max
+
+    def get_idle_size(self) -> int:
+        return self._connections_max
 
     async def close(self) -> None:
         pass

@@ -54,6 +54,7 @@ from tests.model.sim_statements import INVENTORY, RESERVATION, statement
 
 EPOCH = datetime(2030, 1, 1, tzinfo=UTC)
 POD: contextvars.ContextVar["Pod | None"] = contextvars.ContextVar("pod", default=None)
+NOWHERE = "postgresql://simulated@localhost/nothing"
 PODS = ("inventory-0", "inventory-1", "reservation-0", "reservation-1")
 SESSION_SECONDS = 3.0  # after which a broker takes a dead consumer out of its group
 ATTEMPTS = 5  # of a call, as the channel's retry policy says
@@ -348,7 +349,9 @@ class World:
         return sim_redis.Client(self.redis, hop)
 
     def inventory_pod(self, pod: Pod) -> tuple[Any, ErrorMap, Coroutine[Any, Any, None]]:
-        settings = services.inventory.settings.Settings(database_dsn="", pod=pod.name, **self._settings())
+        settings = services.inventory.settings.Settings(
+            database_dsn="postgresql://simulated@localhost/inventory", pod=pod.name, **self._settings()
+        )
         database, client = self._database(pod), self._redis(pod)
         cache = services.inventory.cache.Cache(database, client, local_seconds=0.05, redis_seconds=2, keys_max=100)
         commands = services.inventory.commands.Commands(database, cache)
@@ -359,7 +362,7 @@ class World:
 
     def reservation_pod(self, pod: Pod) -> tuple[Any, ErrorMap, Coroutine[Any, Any, None]]:
         settings = services.reservation.settings.Settings(
-            database_dsn="",
+            database_dsn=NOWHERE,
             pod=pod.name,
             inventory_target="",
             subject_keys=SecretStr("k1=" + "A" * 24),
