@@ -137,7 +137,13 @@ class Services:
         self.cache = Cache(self.inventory_db, client, local_seconds=0.05, redis_seconds=2, keys_max=10)
         self.inventory = Inventory(self.inventory_db, self.cache)
         watch = Watch(self.inventory_db, poll_seconds=1, streams_max=1)
-        servicer = Servicer(Settings(database_dsn=""), self.inventory_db, self.inventory, self.cache, watch)
+        servicer = Servicer(
+            Settings(database_dsn="postgresql://nobody@localhost/nothing"),
+            self.inventory_db,
+            self.inventory,
+            self.cache,
+            watch,
+        )
         channel: Any = Direct(servicer)
         self.reservation = Commands(self.reservation_db, Client(channel), Subjects({"k1": bytes(16)}))
 
