@@ -222,6 +222,9 @@ def _check_events(world: World, books: Books) -> None:
                 continue
             books.require(moved.version == heard[key] + 1, "events of", key, "have a gap before", moved.version)
             heard[key] = moved.version
+            if moved.version > len(books.ledger[key]):
+                books.require(False, "an event without a movement:", moved)
+                continue
             row = books.ledger[key][moved.version - 1]
             same = (moved.on_hand, moved.held, moved.short, moved.hold_id, moved.request_id) == (
                 row["on_hand"], row["held"], row["short"], row["hold_id"], row["request_id"],

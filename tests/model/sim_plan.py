@@ -13,8 +13,8 @@ CALLS_MAX = (14, 14, 10, 6)
 LIVES = (1, 2, 5, 20)
 LIFE_SECONDS_MAX = 20
 RATES = {
-    "lost before": (0, 0, 0.005, 0.03),
-    "lost after": (0, 0, 0.005, 0.03),
+    "lost before": (0, 0.005, 0.03, 0.1),
+    "lost after": (0, 0.005, 0.03, 0.1),
     "error": (0, 0, 0.01, 0.05),
     "delay": (0, 0.01, 0.03),
     "twice": (0, 0.05, 0.2),
@@ -113,6 +113,9 @@ def _client(dice: random.Random, client: int, others: list[Operation], tempo: fl
         else:
             asked = Operation(client, pause, "read", name, lines=(_line(dice), _line(dice)), **how)
         made.append(asked)
+        if asked.kind == "receive":
+            # Who has written reads what it wrote, at once and from any pod.
+            made += [Operation(client, 0.001, "read", f"{name}-{n}", lines=asked.lines * 2, **how) for n in range(2)]
     return made
 
 
@@ -145,5 +148,5 @@ def _change(
 
 
 def _adjust(dice: random.Random, client: int, pause: float, name: str, how: dict[str, Any]) -> Operation:
-    kind = dice.choice(("receive", "receive", "ship", "count", "damage", "transfer", "policy"))
+    kind = dice.choice(("receive", "receive", "receive", "ship", "count", "damage", "transfer", "policy"))
     return Operation(client, pause, kind, name, "", (_line(dice),), dice.choice(("", "short")), **how)

@@ -353,7 +353,7 @@ class World:
             database_dsn="postgresql://simulated@localhost/inventory", pod=pod.name, **self._settings()
         )
         database, client = self._database(pod), self._redis(pod)
-        cache = services.inventory.cache.Cache(database, client, local_seconds=0.05, redis_seconds=2, keys_max=100)
+        cache = services.inventory.cache.Cache(database, client, local_seconds=0.5, redis_seconds=2, keys_max=100)
         commands = services.inventory.commands.Commands(database, cache)
         watch = services.inventory.watch.Watch(database, poll_seconds=1, streams_max=1)
         servicer = services.inventory.servicer.Servicer(settings, database, commands, cache, watch)

@@ -18,19 +18,18 @@ from tests.model.sim_world import Faults
 
 T = TypeVar("T")
 SHRINK_RUNS_MAX = 200
-Run = Callable[[Plan], Result]
 
 
-def shrink(failing: Plan, run: Run = simulate) -> Plan:
+def shrink(failing: Plan, runs_max: int = SHRINK_RUNS_MAX) -> Plan:
     """A smaller plan that fails with the same first words, by leaving out ever smaller parts of it."""
-    first = run(failing)
+    first = simulate(failing)
     words = _kind(first)
     runs = 0
 
     def still(smaller: Plan) -> bool:
         nonlocal runs
         runs += 1
-        return runs <= SHRINK_RUNS_MAX and _kind(run(smaller)) == words
+        return runs <= runs_max and _kind(simulate(smaller)) == words
 
     parts: dict[str, Sequence[Any]] = {
         "operations": failing.operations, "events": failing.events, "faults": sorted(first.fired),
@@ -75,6 +74,7 @@ def _reduce(parts: Sequence[T], fails: Callable[[Sequence[T]], bool]) -> list[T]
 
 
 def main() -> None:
+    sys.stdout.reconfigure(line_buffering=True)  # type: ignore[union-attr]
     parser = argparse.ArgumentParser(prog="python -m tests.model.simulate", description="Simulate seeds.")
     parser.add_argument("--seeds", type=int, default=200, help="how many (default: 200)")
     parser.add_argument("--start", type=int, default=0, help="the first (default: 0)")

@@ -446,7 +446,7 @@ def test_reservations_are_as_the_model_says_on_the_simulated_database() -> None:
 
             return Services(inventory, reservation, redis, loop.run_until_complete, wait)
 
-    _run(Simulated, examples=40, steps=25)
+    _run(Simulated, examples=60, steps=25)
     run(loop, asyncio.sleep(1))
 
 
@@ -486,4 +486,4 @@ def test_reservations_are_as_the_model_says_on_the_real_database(
             do = loop.run_until_complete
             return Services(inventory_db, reservation_db, redis, do, lambda name: do(bring_to_end(name)))
 
-    _run(Real, examples=6, steps=20)
+    _run(Real, examples=15, steps=20)
