@@ -182,6 +182,12 @@ class KafkaConsumer:
             found = self._fetch(max_records)
         return found
 
+    def assignment(self) -> set[TopicPartition]:
+        return set(self._read)
+
+    def highwater(self, at: TopicPartition) -> int:
+        return len(self._broker.log(at))
+
     async def commit(self, offsets: Mapping[TopicPartition, int]) -> None:
         if await self._hop("commit") == "lost before" or any(self._group.owner(at) is not self for at in offsets):
             raise CommitFailedError

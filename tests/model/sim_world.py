@@ -434,6 +434,7 @@ class World:
                 (services.inventory.workers, "datetime", SimDatetime),
                 (services.reservation.commands, "datetime", SimDatetime),
                 (shared.workers, "producer", self._producer),
+                (shared.workers, "measuring", _measuring_nothing),
                 (shared.consumer, "producer", self._producer),
                 (shared.consumer, "AIOKafkaConsumer", self._consumer),
                 *(
@@ -446,6 +447,11 @@ class World:
             ):  # fmt: skip
                 stack.enter_context(patch.object(target, name, value))
             yield
+
+
+async def _measuring_nothing(*_: object) -> None:
+    """Gauges are nobody's promise."""
+    await asyncio.Event().wait()
 
 
 class _Log:
