@@ -143,6 +143,22 @@ async def test_a_refusal_reclaims_what_has_expired(commands: Commands, inventory
     await assert_sound(inventory_db)
 
 
+@pytest.mark.parametrize("kind", [Kind.COMMIT, Kind.RELEASE, Kind.HOLD])
+async def test_nothing_changes_a_hold_whose_time_has_come(
+    commands: Commands, inventory_db: Database, kind: Kind
+) -> None:
+    """Not yet swept, and over all the same: neither sold, nor given back, nor held longer."""
+    await put(commands, "A", 5)
+    await commands.place([hold("old", ("A", "MAIN", 5), ttl_seconds=0.001)])
+    async with inventory_db.connection() as connection:
+        await connection.fetch("SELECT pg_sleep(0.01)")
+    (answer,) = await commands.change([change("old", kind, ("A", "MAIN", 0), ttl_seconds=60)])
+    assert isinstance(answer, Refusal)
+    assert answer.reason == "HOLD_EXPIRED"
+    assert await stock(inventory_db, "A") == (5, 5)
+    await assert_sound(inventory_db)
+
+
 async def test_commit_expire_and_release_at_once_have_one_outcome(commands: Commands, inventory_db: Database) -> None:
     """Of a commit, a release and the sweeper at the instant of expiry, exactly one gets each hold, whole."""
     for sku in ("A", "B"):
