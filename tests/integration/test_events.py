@@ -13,6 +13,7 @@ from deploy.local.stack import Stack
 from services.inventory import codec
 from services.inventory.commands import Commands
 from services.inventory.workers import MOVEMENTS, obey
+from shared import watermark
 from shared.consumer import Batch, Bury, Busy, Consumer, DeadLetterLimitError, Message, Poison, dead_letters, replay
 from shared.database import Database
 from shared.outbox import Event, Relay, producer, write
@@ -104,6 +105,22 @@ async def test_a_relay_killed_before_it_deletes_loses_and_reorders_nothing(
     assert applied == dict.fromkeys(keys, 40)
     names = {name for name, _ in messages[0].headers}
     assert {"event_id", "type", "schema_version"} <= names
+
+
+async def test_no_time_is_told_that_something_under_way_may_still_come_before(inventory_db: Database) -> None:
+    """Not while a transaction has written and goes on; who has not written yet holds nothing up."""
+    async with inventory_db.connection() as writer, inventory_db.connection() as reader:
+        writing, reading = writer.transaction(), reader.transaction()
+        await reading.start()
+        await reader.fetchval("SELECT count(*) FROM movement")
+        await writing.start()
+        began = await writer.fetchval("SELECT now()")
+        await writer.execute("INSERT INTO location (location, name, priority) VALUES ('MAIN', 'Main', 0)")
+        async with inventory_db.connection() as connection:
+            assert await watermark.bound(connection) <= began
+            await writing.commit()
+            assert await watermark.bound(connection) > began
+        await reading.commit()
 
 
 async def test_every_change_is_an_event_in_version_order(

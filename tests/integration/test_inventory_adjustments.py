@@ -57,6 +57,19 @@ async def test_ten_units_of_which_six_are_held(
     await assert_sound(inventory_db)
 
 
+async def test_a_refusal_is_remembered(commands: Commands, inventory_db: Database) -> None:
+    """A repeat is refused as it was, whatever could be done by now."""
+    await put(commands, "A", 5)
+    adjustment = ask(Change.SHIP, 8)
+    (first,) = await commands.adjust([adjustment])
+    await put(commands, "A", 10)
+    (again,) = await commands.adjust([adjustment])
+    assert isinstance(again, Refusal)
+    assert again == first
+    assert again.metadata["available"] == "5"
+    assert await stock(inventory_db, "A") == (15, 0)
+
+
 async def test_a_count_may_record_a_shortage_that_heals(commands: Commands, inventory_db: Database) -> None:
     """With allow_short missing goods are recorded; what comes in later makes them up."""
     await put(commands, "A", 10)
