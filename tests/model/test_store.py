@@ -107,8 +107,8 @@ def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
     kept = {name: json.loads(value) if name in _JSON and value else value for name, value in kept.items()}
     if kept.get("short_lines"):
         kept["short_lines"] = [[*line[:-1], line[-1] is not None] for line in kept["short_lines"]]
-    if "ttl" in kept and "hold_id" in kept:
-        kept["life"] = row["expires_at"] - row["created_at"]
+    if "slot" in kept:
+        kept["life"] = round((row["expires_at"] - row["created_at"]).total_seconds() / 10)
     if "outcome" in kept:
         kept["outcome"] = bool(kept["outcome"])
     return kept
@@ -410,6 +410,57 @@ async def test_a_guard_is_judged_by_the_row_as_it_has_become(tried: Tried) -> No
             await waiting
         stocks, _ = await store.place(second, [hold("h3", ("A", "X", 2))])
     assert stocks["A", "X"].held == 7
+
+
+@BOTH
+@pytest.mark.parametrize(("safety", "backorder", "most"), [(0, 0, 7), (3, 0, 4), (3, 5, 9)])
+async def test_a_hold_may_take_what_is_available_and_no_more(
+    tried: Tried, safety: int, backorder: int, most: int
+) -> None:
+    """On hand less what is kept for safety, and what may be sold before it comes."""
+    await stocked(tried)
+    policy = Adjustment("p", "A", "X", Change.POLICY, safety_stock=safety, backorder_limit=backorder)
+    await tried.commands().adjust([policy])
+    async with tried.database.connection() as connection:
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            await store.place(connection, [hold("more", ("A", "X", most + 1))])
+        stocks, _ = await store.place(connection, [hold("most", ("A", "X", most))])
+    assert stocks["A", "X"].held == most
+
+
+@BOTH
+@pytest.mark.parametrize("meanwhile", ["sold", "extended", "expired"])
+async def test_a_change_decided_from_a_row_that_is_no_longer_so_is_undone(tried: Tried, meanwhile: str) -> None:
+    """A hold row with other units or another expiry than was read, or whose time has come: nothing is written."""
+    await stocked(tried)
+    asked = dataclasses.replace(hold("h", ("A", "X", 3)), ttl=timedelta(seconds=0 if meanwhile == "expired" else 60))
+    wanted = change("h", Kind.COMMIT, ("A", "", 2), request_id="c")
+    async with tried.database.connection() as connection:
+        await store.place(connection, [asked])
+        (row,) = (await store.read_holds(connection, [("A", "h")]))["h"]
+        if meanwhile == "sold":
+            await store.move_holds(connection, Kind.RELEASE, [(row, 1)])
+        if meanwhile == "extended":
+            await store.extend_holds(connection, [("A", "h", row.expires_at + timedelta(seconds=9))])
+        before = await tried.dump()
+        with pytest.raises(asyncpg.DivisionByZeroError):
+            await store.change(connection, [(wanted, [(row, 2)], (), row.expires_at)])
+    assert await tried.dump() == before
+
+
+@BOTH
+async def test_only_what_is_held_is_extended(tried: Tried) -> None:
+    """A row of which nothing is left keeps its time."""
+    await stocked(tried)
+    async with tried.database.connection() as connection:
+        await store.place(connection, [hold("h", ("A", "X", 3), ("A", "Y", 2))])
+        first, second = (await store.read_holds(connection, [("A", "h")]))["h"]
+        await store.move_holds(connection, Kind.RELEASE, [(first, 3)])
+        later = first.expires_at + timedelta(seconds=60)
+        await store.extend_holds(connection, [("A", "h", later)])
+        first_now, second_now = (await store.read_holds(connection, [("A", "h")]))["h"]
+    assert (first_now.expires_at, second_now.expires_at) == (first.expires_at, later)
+    assert second.expires_at != later
 
 
 @BOTH
