@@ -436,8 +436,12 @@ class _Judge:
         for row in self._books.ledger[key][: number + 1]:
             if row["kind"] in HOLD_KINDS:
                 held[row["hold_id"]] += row["held_delta"]
-        until = {hold_id: min(row["expires_at"] for row in self._holds[hold_id]) for hold_id in held}
-        return sum(units for hold_id, units in held.items() if until[hold_id] <= at)
+        return sum(
+            held[row["hold_id"]]
+            for hold_id in held
+            for row in self._holds[hold_id]
+            if (row["sku"], row["location"]) == key and row["expires_at"] <= at
+        )
 
     def change(self, calls: Sequence[Call]) -> None:
         """A change is made once and booked, or refused for a reason and not made; all who ask hear the same."""

@@ -64,7 +64,11 @@ def plan(seed: int) -> Plan:
     faults = Faults({kind: dice.choice(rates) for kind, rates in RATES.items()})
     events = tuple(
         sorted(
-            Event(round(dice.uniform(0, 10), 3), *_event(dice), round(dice.choice((0.2, 1.5, 6)) * dice.random(), 3))
+            Event(
+                round(dice.uniform(0, max(0.5, 1.5 * tempo * CALLS_MAX[size])), 3),
+                *_event(dice),
+                round(dice.choice((0.2, 1.5, 6)) * dice.random(), 3),
+            )
             for _ in range(dice.choice((0, 1, 3, 8)))
         )
     )

@@ -47,6 +47,7 @@ class Result:
     problems: list[str]
     digest: str
     fired: list[Fault]
+    befell: list[Event]
     calls: int
     virtual_seconds: float
     lines: list[str]
@@ -64,7 +65,8 @@ def simulate(plan: Plan, *, keep_trace: bool = False) -> Result:
     problems = [*world.problems, *books.problems]
     for problem in problems:
         world.trace.note(problem)
-    return Result(problems, world.trace.digest(), world.fired, world.calls, world.loop.time(), world.trace.lines)
+    digest, seconds = world.trace.digest(), world.loop.time()
+    return Result(problems, digest, world.fired, world.befell, world.calls, seconds, world.trace.lines)
 
 
 async def _live(world: World, plan: Plan, books: Books) -> None:

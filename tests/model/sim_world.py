@@ -209,6 +209,7 @@ class World:
         self.faults = faults
         self.healed = False
         self.fired: list[Fault] = []
+        self.befell: list[Event] = []
         self.calls = 0
         self.problems: list[str] = []
         self.trace = Trace(self.loop, keep=keep_trace)
@@ -298,6 +299,7 @@ class World:
 
     def befall(self, event: Event) -> Callable[[], None]:
         """Let something go wrong; returns what ends it."""
+        self.befell.append(event)
         pod = self.pods.get(event.target)
         match event.kind:
             case "crash":

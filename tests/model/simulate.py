@@ -98,7 +98,7 @@ def _simulate(seeds: range, *, trace: bool, small: bool) -> int:
         result = simulate(planned, keep_trace=trace)
         print(*result.lines, sep="\n", end="\n" if result.lines else "")
         faults.update(fault.kind for fault in result.fired)
-        faults.update(event.kind for event in planned.events)
+        faults.update(event.kind for event in result.befell)
         totals.update(calls=result.calls, virtual=round(result.virtual_seconds))
         if result.problems:
             failures.append(seed)
