@@ -203,7 +203,7 @@ class Engine:
             return await connection.fetch(cases.SIGNALS_SINCE, seq, most)
 
     async def _make_partitions(self, changes: Iterable[Reservation]) -> None:
-        for month in sorted({partitions.month(cases.moment(signal(change).at)) for change in changes}):
+        for month in sorted({partitions.month(cases.moment(_times(change)[0])) for change in changes}):
             if month not in self._months:
                 async with self._database.connection() as connection:
                     await partitions.make(connection, "desk.signal", month)
@@ -263,14 +263,18 @@ def _see(
     return signals, findings, usages
 
 
-def signal(change: Reservation) -> Signal:
-    """What a change of a reservation means to the rules; its time is shifted into business time."""
+def _times(change: Reservation) -> tuple[float, float]:
+    """When a reservation changed, shifted into business time, and when it was ordered."""
     order_at, created_at = change.order_time.timestamp(), change.created_at.timestamp()
     if order_at > created_at + AHEAD_SECONDS_MAX:
         order_at = created_at
+    return order_at + (change.updated_at - change.created_at).total_seconds(), order_at
+
+
+def signal(change: Reservation) -> Signal:
+    """What a change of a reservation means to the rules."""
     seen = Signal(
-        order_at + (change.updated_at - change.created_at).total_seconds(),
-        order_at,
+        *_times(change),
         change.reservation_id,
         change.version,
         change.customer_id,

@@ -55,24 +55,22 @@ async def test_calls_are_counted_by_how_they_end(
     holdfast: Holdfast, pods: Supervisor, http: aiohttp.ClientSession
 ) -> None:
     """A Reserve and a call for what is not there: each once, in its method, with its status; neither is our fault."""
-    before = [
-        await total(http, pods, "holdfast_calls_total", method=RESERVE, code="OK"),
-        await total(http, pods, "holdfast_calls_total", method=GET, code="NOT_FOUND"),
-        await total(http, pods, "holdfast_call_seconds_count", method=RESERVE),
-        await total(http, pods, "holdfast_reservations_total", outcome="held"),
-        await total(http, pods, "holdfast_calls_failed_total", method=GET),
-    ]
+
+    async def counted() -> list[float]:
+        return [
+            await total(http, pods, "holdfast_calls_total", method=RESERVE, code="OK"),
+            await total(http, pods, "holdfast_calls_total", method=GET, code="NOT_FOUND"),
+            await total(http, pods, "holdfast_call_seconds_count", method=RESERVE),
+            await total(http, pods, "holdfast_reservations_total", outcome="held"),
+            await total(http, pods, "holdfast_calls_failed_total", method=GET),
+        ]
+
+    before = await counted()
     sku = await goods(holdfast, 5)
     assert (await holdfast.reserve(new(), [(sku, "", 1)])).outcome == rp.RESERVE_OUTCOME_HELD
     with pytest.raises(Refusal):
         await holdfast.get(new())
-    after = [
-        await total(http, pods, "holdfast_calls_total", method=RESERVE, code="OK"),
-        await total(http, pods, "holdfast_calls_total", method=GET, code="NOT_FOUND"),
-        await total(http, pods, "holdfast_call_seconds_count", method=RESERVE),
-        await total(http, pods, "holdfast_reservations_total", outcome="held"),
-        await total(http, pods, "holdfast_calls_failed_total", method=GET),
-    ]
+    after = await counted()
     assert [now - then for now, then in zip(after, before, strict=True)] == [1, 1, 1, 1, 0]
 
 

@@ -260,6 +260,14 @@ async def _merged(
         await second.close()
 
 
+async def _rows(dsn: str, query: str) -> list[Any]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        return list(await connection.fetch(query))
+    finally:
+        await connection.close()
+
+
 async def _movements_told(at: Deployment) -> tuple[int, list[str]]:
     """The topic, read from its beginning and applied by version, comes to stock as it is; nothing out of order."""
     wrong: list[str] = []
@@ -281,11 +289,7 @@ async def _movements_told(at: Deployment) -> tuple[int, list[str]]:
         rebuilt[key] = (
             told.version, before[1] + told.on_hand_delta, before[2] + told.held_delta, before[3] + told.short_delta,
         )  # fmt: skip
-    connection = await asyncpg.connect(at.inventory_dsn)
-    try:
-        stock = {(row["sku"], row["location"]): tuple(row)[2:] for row in await connection.fetch(STOCK)}
-    finally:
-        await connection.close()
+    stock = {(row["sku"], row["location"]): tuple(row)[2:] for row in await _rows(at.inventory_dsn, STOCK)}
     wrong += [
         f"{key}: stock is {stock.get(key)}, the topic comes to {rebuilt.get(key)}"
         for key in sorted(stock.keys() | rebuilt.keys())
@@ -313,11 +317,7 @@ async def _reservations_told(at: Deployment) -> tuple[int, list[str]]:
             wrong.append(f"{said.reservation_id}: after version {before} the topic has {said.version}")
         state = rp.ReservationState.Name(said.state)
         told[said.reservation_id] = (said.version, state.removeprefix("RESERVATION_STATE_"))
-    connection = await asyncpg.connect(at.reservation_dsn)
-    try:
-        rows = await connection.fetch(RESERVATIONS)
-    finally:
-        await connection.close()
+    rows = await _rows(at.reservation_dsn, RESERVATIONS)
     known = {row["reservation_id"]: (row["version"], row["state"]) for row in rows}
     wrong += [
         f"{name}: it is {known.get(name)}, the topic says {told.get(name)}"
@@ -368,16 +368,8 @@ class _Timeline:
 
 async def story(history: History, at: Deployment) -> Report:
     """A history against the ledger and the reservations, once nothing moves any more."""
-    connection = await asyncpg.connect(at.inventory_dsn)
-    try:
-        ledger = await connection.fetch(LEDGER)
-    finally:
-        await connection.close()
-    connection = await asyncpg.connect(at.reservation_dsn)
-    try:
-        states = {row["reservation_id"]: row["state"] for row in await connection.fetch(RESERVATIONS)}
-    finally:
-        await connection.close()
+    ledger = await _rows(at.inventory_dsn, LEDGER)
+    states = {row["reservation_id"]: row["state"] for row in await _rows(at.reservation_dsn, RESERVATIONS)}
     return judge(history.calls, [dict(row) for row in ledger], states)
 
 
@@ -517,11 +509,7 @@ def _judge_order(applied: Iterable[tuple[Call, _Happened]], report: Report) -> N
 
 async def lateness(inventory_dsn: str) -> list[float]:
     """By how many seconds holds were reclaimed after their time, in ascending order."""
-    connection = await asyncpg.connect(inventory_dsn)
-    try:
-        return [row["seconds"] for row in await connection.fetch(LATENESS)]
-    finally:
-        await connection.close()
+    return [row["seconds"] for row in await _rows(inventory_dsn, LATENESS)]
 
 
 async def audit(at: Deployment, history: History | None = None, *, patience: float = 60.0) -> Report:

@@ -71,7 +71,6 @@ class Scene:
     pods: Supervisor
     proxy: Proxy
     dice: random.Random
-    twins: list[Pod] = field(default_factory=list)
 
     def pod(self) -> Pod:
         return self.dice.choice(self.pods.pods)
