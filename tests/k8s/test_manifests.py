@@ -119,7 +119,9 @@ def test_a_job_follows_no_hash(objects: list[Object]) -> None:
             for container in pod.spec["containers"]:
                 maps = {one["configMapRef"]["name"] for one in container.get("envFrom", [])}
                 secrets = {one["valueFrom"]["secretKeyRef"]["name"] for one in container.get("env", [])}
-                assert maps | secrets == {"holdfast-backends" if container["name"] == "topics" else container["name"]}
+                assert maps | secrets == (
+                    {"holdfast-backends", "kafka"} if container["name"] == "topics" else {container["name"]}
+                )
 
 
 def test_every_service_has_its_workloads(objects: list[Object]) -> None:
@@ -196,6 +198,19 @@ def test_values_are_what_settings_take(objects: list[Object], monkeypatch: pytes
             for name, value in told.items():
                 patched.setenv(name, secret[name] if value is None else mounted.get(name, value))
             settings_of(pod.service)()  # type: ignore[call-arg] # from the environment
+
+
+def test_backends_may_want_certificates_and_passwords(objects: list[Object]) -> None:
+    """Whoever speaks to one has the authority's certificate where documented, if there is one; Kafka's password too."""
+    for pod in holdfast(objects):
+        (authority,) = [one for one in pod.spec["volumes"] if one["name"] == "backends"]
+        assert authority["configMap"] == {"name": "backends-ca", "optional": True}
+        for container in pod.containers:
+            mounts = {one["name"]: one["mountPath"] for one in container["volumeMounts"]}
+            assert mounts["backends"] == "/etc/holdfast/backends", pod.name
+            if container["name"] in {"holdfast", "topics"}:
+                secrets = [one.get("valueFrom", {}).get("secretKeyRef") for one in container["env"]]
+                assert {"name": "kafka", "key": "password", "optional": True} in secrets, pod.name
 
 
 def test_services_select_the_pods_they_should(objects: list[Object]) -> None:
