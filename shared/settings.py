@@ -80,6 +80,7 @@ class Settings(KafkaSettings, DatabaseSettings):
         repr=False,
         description="Redis: rediss://user:password@host:port/0?ssl_ca_certs=FILE.",
     )
+    redis_cluster: bool = Field(default=False, description="Whether that is a node of a Redis Cluster.")
     tls_directory: str = Field(
         default="", description="Holds tls.crt, tls.key and ca.crt. With it everybody has to show a certificate."
     )
