@@ -58,7 +58,8 @@ DATABASE_CONNECTIONS = Gauge("holdfast_database_connections", "Connections in us
 DATABASE_CONNECTIONS_MAX = Gauge("holdfast_database_connections_max", "Connections that may be in use.", ["pool"])
 DATABASE_RETRIES = Counter(
     "holdfast_database_retries",
-    "Transactions begun again, by what ended them: deadlock, serialization, or unique (the same id at the same time).",
+    "Transactions begun again, by what ended them: deadlock, serialization, unique (the same id at the same time),"
+    " or migration (of a table that they use).",
     ["reason"],
 )
 DATABASE_UNAVAILABLE = Counter("holdfast_database_unavailable", "Pieces of work that lost the database.", ["pool"])
