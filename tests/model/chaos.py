@@ -312,14 +312,13 @@ async def _trouble(
     only: Sequence[str],
     say: Callable[[str], None],
 ) -> None:
-    """A fault each `every` seconds, and after each the time until calls are answered again."""
+    """A fault each `every` seconds, all kinds in some order and then again in another, and after each the time until
+    calls are answered again.
+    """
     until = time.monotonic() + seconds
-    planned = iter(only) if only else None
-    while time.monotonic() < until:
+    names = iter(only) if only else _rounds(scene)
+    while time.monotonic() < until and (name := next(names, "")):
         due = time.monotonic() + every
-        name = next(planned, "") if planned else scene.dice.choice(sorted(scene.faults))
-        if not name:
-            return
         say(name)
         began = time.time()
         await scene.faults[name]()
@@ -328,6 +327,11 @@ async def _trouble(
         outcome.faults[name] += 1
         outcome.back_seconds.append(await _back(history))
         await asyncio.sleep(max(0, due - time.monotonic()))
+
+
+def _rounds(scene: Scene) -> Iterator[str]:
+    while True:
+        yield from scene.dice.sample(sorted(scene.faults), len(scene.faults))
 
 
 async def _back(history: History) -> float:
