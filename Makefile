@@ -8,6 +8,7 @@ LIMIT ?=
 CONCURRENCY ?= 32
 OPENING_STOCK ?= 300
 MINUTES ?= 15
+ENDURANCE_MINUTES ?= 10
 SEED ?=
 BREAKING_BASE ?= HEAD
 PROTOS := $(shell find protos -name '*.proto')
@@ -22,7 +23,7 @@ set -e; $(if $(BASE),git worktree remove --force .local/base 2>/dev/null || true
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo up down test chaos audit planted-bugs upgrade-test k8s-check k8s-test lint format bench bench-quick gen clean
+.PHONY: help run demo up down test chaos endurance audit planted-bugs upgrade-test k8s-check k8s-test lint format bench bench-quick gen clean
 
 help: ## Show this list
 	@printf 'Holdfast keeps stock right under load.\n\n'
@@ -48,6 +49,9 @@ test: gen ## Run all tests on real PostgreSQL, Redis and Kafka
 chaos: gen ## Shop while everything fails in turn, then audit: MINUTES=15 SEED=number BASE=TAG
 	@$(call with_base,$(BIN)/python -m tests.model.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(BASE),--base .local/base))
+
+endurance: gen ## Minutes at capacity and at three times of it, then see that all is as it was: ENDURANCE_MINUTES=10
+	@$(BIN)/python -m tests.model.endurance --minutes $(ENDURANCE_MINUTES)
 
 audit: gen ## Judge the deployment that runs: ledger, reservations, topics, mart
 	@$(BIN)/python -m tests.model.audit

@@ -31,6 +31,7 @@ CALL_SECONDS = Histogram(
     buckets=CALL_BUCKETS,
 )  # fmt: skip
 CALLS_IN_FLIGHT = Gauge("holdfast_calls_in_flight", "Calls and streams under way on this pod.")
+TASKS = Gauge("holdfast_tasks", "Tasks of the pod's event loop; with nothing under way always as many.")
 
 # -- queues and batches
 QUEUE_ITEMS = Gauge("holdfast_queue_items", "Calls that wait for a batch.", ["queue"])
