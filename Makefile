@@ -8,15 +8,22 @@ LIMIT ?=
 CONCURRENCY ?= 32
 OPENING_STOCK ?= 300
 MINUTES ?= 15
+ENDURANCE_MINUTES ?= 10
 SEED ?=
 BREAKING_BASE ?= HEAD
 PROTOS := $(shell find protos -name '*.proto')
 export PYTHONDONTWRITEBYTECODE := 1
 REPLAY := $(if $(ORDERS),--orders '$(ORDERS)') $(if $(LIMIT),--limit $(LIMIT)) \
           --concurrency $(CONCURRENCY) --opening-stock $(OPENING_STOCK)
+# A command that finds the release before in .local/base, if there is a BASE.
+define with_base
+set -e; $(if $(BASE),git worktree remove --force .local/base 2>/dev/null || true; \
+  mkdir -p .local; git worktree add --quiet --force --detach .local/base $(BASE); \
+  $(MAKE) --no-print-directory -C .local/base gen; trap 'git worktree remove --force .local/base' EXIT;) $(1)
+endef
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo up down test chaos audit planted-bugs upgrade-test k8s-check k8s-test lint format bench bench-quick gen clean
+.PHONY: help run demo up down test chaos endurance audit planted-bugs upgrade-test k8s-check k8s-test lint format bench bench-quick gen clean
 
 help: ## Show this list
 	@printf 'Holdfast keeps stock right under load.\n\n'
@@ -39,8 +46,12 @@ down: ## Stop what `make up` started
 test: gen ## Run all tests on real PostgreSQL, Redis and Kafka
 	@$(BIN)/python -m pytest $(ARGS)
 
-chaos: gen ## Shop while everything fails in turn, then audit: MINUTES=15 SEED=number
-	@$(BIN)/python -m tests.model.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED))
+chaos: gen ## Shop while everything fails in turn, then audit: MINUTES=15 SEED=number BASE=TAG
+	@$(call with_base,$(BIN)/python -m tests.model.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) \
+	  $(if $(BASE),--base .local/base))
+
+endurance: gen ## Minutes at capacity and at three times of it, then see that all is as it was: ENDURANCE_MINUTES=10
+	@$(BIN)/python -m tests.model.endurance --minutes $(ENDURANCE_MINUTES)
 
 audit: gen ## Judge the deployment that runs: ledger, reservations, topics, mart
 	@$(BIN)/python -m tests.model.audit
@@ -50,11 +61,7 @@ planted-bugs: gen ## Plant bugs one at a time and see which test catches each (h
 
 upgrade-test: gen ## Run the release before (BASE=TAG) and this one on one database, each way
 	@test -n '$(BASE)' || { echo 'make upgrade-test needs BASE=TAG, the release before'; exit 1; }
-	@git worktree remove --force .local/base 2>/dev/null || true
-	@mkdir -p .local && git worktree add --quiet --force --detach .local/base $(BASE)
-	@$(MAKE) --no-print-directory -C .local/base gen
-	@HOLDFAST_BASE=.local/base $(BIN)/python -m pytest tests/e2e/test_upgrade.py $(ARGS); \
-	  status=$$?; git worktree remove --force .local/base; exit $$status
+	@$(call with_base,HOLDFAST_BASE=.local/base $(BIN)/python -m pytest tests/e2e/test_upgrade.py $(ARGS))
 
 k8s-check: gen ## Build every overlay for Kubernetes and check what is in it (needs kubectl or kustomize)
 	@command -v kubectl >/dev/null || command -v kustomize >/dev/null || \

@@ -45,8 +45,15 @@ PLANNER = {
     "jit": "off",
     "plan_cache_mode": "force_generic_plan",
 }
-# A unique violation means that the same id was inserted at the same time elsewhere: the next attempt finds it.
-RETRIED = (asyncpg.DeadlockDetectedError, asyncpg.SerializationError, asyncpg.UniqueViolationError)
+# A unique violation means that the same id was inserted at the same time elsewhere: the next attempt finds it. A
+# statement is out of date when a migration has changed its table since it was prepared: the next attempt prepares it.
+RETRIED = (
+    asyncpg.DeadlockDetectedError,
+    asyncpg.SerializationError,
+    asyncpg.UniqueViolationError,
+    asyncpg.InvalidCachedStatementError,
+)
+RETRY_REASONS = ("deadlock", "serialization", "unique", "migration")
 UNAVAILABLE = (
     OSError,
     TimeoutError,
@@ -127,8 +134,9 @@ class Database:
     async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:
         """Run `work` in one transaction and commit it; what it raises rolls it back.
 
-        Deadlocks, serialization failures and unique violations start it again, at most ATTEMPTS_MAX
-        times with a little jitter; then it is refused as DATABASE_UNAVAILABLE, which clients retry.
+        Deadlocks, serialization failures, unique violations and statements that a migration has outdated
+        start it again, at most ATTEMPTS_MAX times with a little jitter; then it is refused as
+        DATABASE_UNAVAILABLE, which clients retry.
         """
         for attempt in range(ATTEMPTS_MAX):
             try:
@@ -141,9 +149,7 @@ class Database:
 
 
 def _reason(error: asyncpg.PostgresError) -> str:
-    if isinstance(error, asyncpg.UniqueViolationError):
-        return "unique"
-    return "deadlock" if isinstance(error, asyncpg.DeadlockDetectedError) else "serialization"
+    return next(reason for kind, reason in zip(RETRIED, RETRY_REASONS, strict=True) if isinstance(error, kind))
 
 
 def columns(rows: Iterable[Sequence[Any]], count: int) -> list[list[Any]]:

@@ -31,6 +31,7 @@ CALL_SECONDS = Histogram(
     buckets=CALL_BUCKETS,
 )  # fmt: skip
 CALLS_IN_FLIGHT = Gauge("holdfast_calls_in_flight", "Calls and streams under way on this pod.")
+TASKS = Gauge("holdfast_tasks", "Tasks of the pod's event loop; with nothing under way always as many.")
 
 # -- queues and batches
 QUEUE_ITEMS = Gauge("holdfast_queue_items", "Calls that wait for a batch.", ["queue"])
@@ -58,7 +59,8 @@ DATABASE_CONNECTIONS = Gauge("holdfast_database_connections", "Connections in us
 DATABASE_CONNECTIONS_MAX = Gauge("holdfast_database_connections_max", "Connections that may be in use.", ["pool"])
 DATABASE_RETRIES = Counter(
     "holdfast_database_retries",
-    "Transactions begun again, by what ended them: deadlock, serialization, or unique (the same id at the same time).",
+    "Transactions begun again, by what ended them: deadlock, serialization, unique (the same id at the same time),"
+    " or migration (of a table that they use).",
     ["reason"],
 )
 DATABASE_UNAVAILABLE = Counter("holdfast_database_unavailable", "Pieces of work that lost the database.", ["pool"])

@@ -4,6 +4,9 @@ Migrations stand in `services/SERVICE/migrations/pre` (what must be there before
 does not disturb the old) and `.../post` (what may go once no old code is left). Each phase has its own
 chain and version table, so either can be run again at any time; an advisory lock lets one run at a time.
 
+A migration shares its tables with pods that serve. It waits LOCK_SECONDS_MAX for the lock of one, since everybody else
+waits behind it meanwhile, and a deadlock may choose it: it is then rolled back, and begins again a little later.
+
 `--wait` migrates nothing and ends once the database has what this code needs, which is what a pod does before it
 serves. A database that is ahead, because a newer release has migrated it, has that: pods of the release before may
 start again, and its migrations change nothing.
@@ -11,6 +14,7 @@ start again, and its migrations change nothing.
 
 import argparse
 import asyncio
+import random
 import sys
 import time
 from collections.abc import Sequence
@@ -32,6 +36,9 @@ LOCK = 0x686F6C64  # "hold"
 WAIT_SECONDS_MAX = 300
 POLL_SECONDS = 0.5
 CONNECT_SECONDS_MAX = 5
+LOCK_SECONDS_MAX = 2
+ATTEMPTS_MAX = 30
+BUSY = {asyncpg.LockNotAvailableError.sqlstate, asyncpg.DeadlockDetectedError.sqlstate}
 
 
 def upgrade(connection: sqlalchemy.Connection, service: str, phase: str) -> None:
@@ -66,18 +73,34 @@ def _config(service: str, phase: str) -> Config:
 
 
 async def migrate(dsn: str, service: str, phases: Sequence[str] = PHASES, schema: str = "public") -> None:
-    """Migrate a schema of the database at `dsn`, phase by phase."""
+    """Migrate a schema of the database at `dsn`, phase by phase, each in one transaction.
+
+    Raises what PostgreSQL refuses: a lock too, when others had the tables for ATTEMPTS_MAX times.
+    """
     # asyncpg reads the address itself: SQLAlchemy does not know all of its options, such as sslmode.
     engine = create_async_engine("postgresql+asyncpg://", async_creator=lambda: asyncpg.connect(dsn))
     try:
         for phase in phases:
-            async with engine.begin() as connection:
-                await connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({LOCK})"))
-                await connection.execute(sqlalchemy.text(f"SET LOCAL search_path TO {schema}"))
-                await connection.execute(sqlalchemy.text("SET LOCAL timezone TO 'UTC'"))
-                await connection.run_sync(upgrade, service, phase)
+            for attempt in range(1, ATTEMPTS_MAX + 1):
+                try:
+                    await _migrate(engine, service, phase, schema)
+                except sqlalchemy.exc.DBAPIError as error:
+                    if getattr(error.orig, "sqlstate", None) not in BUSY or attempt == ATTEMPTS_MAX:
+                        raise
+                    await asyncio.sleep(random.uniform(0, POLL_SECONDS))  # noqa: S311 - jitter
+                else:
+                    break
     finally:
         await engine.dispose()
+
+
+async def _migrate(engine: AsyncEngine, service: str, phase: str, schema: str) -> None:
+    async with engine.begin() as connection:
+        await connection.execute(sqlalchemy.text(f"SELECT pg_advisory_xact_lock({LOCK})"))
+        await connection.execute(sqlalchemy.text(f"SET LOCAL lock_timeout TO '{LOCK_SECONDS_MAX * 1000:.0f}'"))
+        await connection.execute(sqlalchemy.text(f"SET LOCAL search_path TO {schema}"))
+        await connection.execute(sqlalchemy.text("SET LOCAL timezone TO 'UTC'"))
+        await connection.run_sync(upgrade, service, phase)
 
 
 async def wait(dsn: str, service: str, phases: Sequence[str], seconds_max: float = WAIT_SECONDS_MAX) -> None:

@@ -316,6 +316,8 @@ async def run(
     workers: Coroutine[Any, Any, None] | None,
 ) -> None:
     """Serve an API, with `workers` beside it, until SIGTERM or SIGINT."""
+    loop = asyncio.get_running_loop()
+    metrics.TASKS.set_function(lambda: len(asyncio.all_tasks(loop)))
     with metrics.serve(settings.metrics_listen):
         async with telemetry.exporting(settings, errors.domain.partition(".")[0]):
             working = asyncio.create_task(workers) if workers else None

@@ -1,6 +1,7 @@
 """How a pod's workers are kept going: alone where one is enough, again after a fault, until cancelled."""
 
 import asyncio
+import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
 import structlog
@@ -14,6 +15,7 @@ from shared.redis_client import Client
 
 log = structlog.get_logger(__name__)
 RESTART_SECONDS = 1.0
+REST_SECONDS_MAX = 0.25
 MEASURE_SECONDS = 5.0
 OUTBOX_AGE = "SELECT extract(epoch FROM clock_timestamp() - created_at)::float8 FROM {table} ORDER BY id LIMIT 1"
 Work = Callable[[], Awaitable[None]]
@@ -26,26 +28,29 @@ async def forever(work: Work, seconds: float) -> None:
         await asyncio.sleep(seconds)
 
 
-async def turns(rest: float) -> AsyncIterator[None]:
+async def turns(rest: float, rest_seconds_max: float = math.inf) -> AsyncIterator[None]:
     """For a loop of heavy turns: between two of them rest `rest` times as long as the first took."""
     loop = asyncio.get_running_loop()
     while True:
         began = loop.time()
         yield
-        await asyncio.sleep((loop.time() - began) * rest)
+        await asyncio.sleep(min((loop.time() - began) * rest, rest_seconds_max))
 
 
 async def in_turns(what: str, work: Callable[[], Awaitable[int]]) -> None:
-    """Do `work` until it finds nothing to do, resting as long as each turn took: callers come first."""
-    async for _ in turns(rest=1):
+    """Do `work` until it finds nothing to do, resting as long as each turn took: callers come first.
+
+    But no longer than REST_SECONDS_MAX: a turn that a database held up was not heavy.
+    """
+    async for _ in turns(1, REST_SECONDS_MAX):
         count = await work()
         if not count:
             break
         log.info(what, count=count)
 
 
-async def restarting(name: str, work: Work) -> None:
-    """Keep a worker going: a fault is logged, and after a second it starts again."""
+async def restarting(name: str, work: Work, seconds: float = RESTART_SECONDS) -> None:
+    """Keep a worker going: a fault is logged, and after `seconds` it starts again."""
     while True:
         try:
             await work()
@@ -53,7 +58,7 @@ async def restarting(name: str, work: Work) -> None:
             metrics.WORKER_RESTARTS.labels(name).inc()
             for one in _leaves(error):
                 log.warning("worker starts again", worker=name, error=type(one).__name__, message=str(one))
-        await asyncio.sleep(RESTART_SECONDS)
+        await asyncio.sleep(seconds)
 
 
 def _leaves(error: BaseException) -> Iterator[BaseException]:

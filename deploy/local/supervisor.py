@@ -143,7 +143,7 @@ class Supervisor:
             self._stack.databases(*(service.database for service in self._services))
             self._stack.create_topics(*TOPICS)
             with ThreadPoolExecutor(len(self.pods)) as pool:
-                list(pool.map(self._migrate, self._services))
+                list(pool.map(self.migrate, self._services))
                 for pod in self.pods:
                     pod.log.unlink(missing_ok=True)
                 list(pool.map(self._bring_up, self.pods))
@@ -239,12 +239,12 @@ class Supervisor:
             return
         pod.restarts.append(now)
         self._say(f"{pod.name} ended with code {code}: restarting it")
-        self._spawn(pod)
+        self.spawn(pod)
         self._write_endpoints()
 
     def _bring_up(self, pod: Pod) -> None:
         began = time.monotonic()
-        process = self._spawn(pod)
+        process = self.spawn(pod)
         with self._channel(pod) as channel:
             stub = health_pb2_grpc.HealthStub(channel)
             serving = health_pb2.HealthCheckResponse.SERVING
@@ -271,11 +271,12 @@ class Supervisor:
             return grpc.insecure_channel(pod.address)
         return grpc.secure_channel(pod.address, tls.channel_credentials(tls.watch(self.tls_directory).current()))
 
-    def _spawn(self, pod: Pod) -> subprocess.Popen[bytes]:
+    def spawn(self, pod: Pod) -> subprocess.Popen[bytes]:
+        """Start the process of a pod, which may be none of `pods`, and do not wait until it serves."""
         if self._leash is None:
             raise StackError("the supervisor is not started")
         pod.process = self._leash.spawn(
-            [self._python, "-m", pod.service.module, "--role", self._role],
+            self.command(pod),
             log=pod.log,
             cwd=self.code,
             env=self.environment(pod.service)
@@ -299,6 +300,10 @@ class Supervisor:
             self._say(f"{pod.name} did not drain within {DRAIN_SECONDS_MAX} s: killed")
             pod.process.kill()
             return pod.process.wait()
+
+    def command(self, pod: Pod) -> list[str]:
+        """The program of a pod, and its arguments."""
+        return [_python(self.code), "-m", pod.service.module, "--role", self._role]
 
     # -- around them --------------------------------------------------------------------------------------------
 
@@ -325,10 +330,6 @@ class Supervisor:
             }
         )
 
-    @property
-    def _python(self) -> str:
-        return sys.executable if self.code == REPOSITORY else str(self.code / ".venv" / "bin" / "python")
-
     def _subject_keys(self) -> str:
         """The key of reservation's hashes, made at the first start on this root and kept with its data."""
         file = self._stack.root / "subject.keys"
@@ -339,16 +340,18 @@ class Supervisor:
             new.write(f"k1={base64.b64encode(secrets.token_bytes(32)).decode()}\n")
         return file.read_text().strip()
 
-    def _migrate(self, service: Service) -> None:
+    def migrate(self, service: Service, phase: str = "all", code: Path | None = None) -> None:
+        """Run the migrations of a phase: those of a checkout, or of the one that pods run. Raises StackError."""
+        code = code or self.code
         if self._leash is None:
             raise StackError("the supervisor is not started")
         log = self._log / f"migrate-{service.name}.log"
         log.unlink(missing_ok=True)
         began = time.monotonic()
         process = self._leash.spawn(
-            [self._python, "-m", "shared.migrate", service.name, "--phase", "all"],
+            [_python(code), "-m", "shared.migrate", service.name, "--phase", phase],
             log=log,
-            cwd=self.code,
+            cwd=code,
             env=self.environment(service),
         )
         while process.poll() is None:
@@ -378,3 +381,7 @@ class Supervisor:
         unfinished = self.endpoints_file.with_suffix(".new")
         unfinished.write_text(json.dumps(content, indent=2) + "\n")
         unfinished.replace(self.endpoints_file)
+
+
+def _python(code: Path) -> str:
+    return sys.executable if code == REPOSITORY else str(code / ".venv" / "bin" / "python")

@@ -1,7 +1,8 @@
 """What inventory does without being asked: relay, sweep, reconcile, make partitions, obey commands.
 
-Relays, sweeper, reconciler and partitions run on one pod at a time, by a lock in Redis that saves work
-and decides nothing: two at once do no harm, and with Redis away each pod runs its own.
+Relays, reconciler and partitions run on one pod at a time, by a lock in Redis that saves work and decides
+nothing: two at once do no harm, and with Redis away each pod runs its own. The sweeper runs on every pod:
+a look for what is due costs less than the seconds that a dead pod's lock would keep stock from being sold.
 """
 
 import asyncio
@@ -60,9 +61,6 @@ class Workers:
         alone: dict[str, workers.Work] = {
             "movements": relay(MOVEMENTS, codec.MOVEMENTS_TOPIC),
             "catalog": relay(OUTBOX),
-            "sweeper": lambda: workers.forever(
-                lambda: workers.in_turns("holds expired", self._commands.sweep), settings.sweep_poll_seconds
-            ),
             "reconciler": self._reconciling,
             "partitions": lambda: workers.forever(self._partitions, PARTITIONS_SECONDS),
         }
@@ -71,8 +69,14 @@ class Workers:
                 group.create_task(
                     workers.alone(self._redis, f"inventory:{name}", work, lock_ttl_seconds=settings.lock_ttl_seconds)
                 )
+            group.create_task(workers.restarting("sweeper", self._sweeping, settings.sweep_poll_seconds))
             group.create_task(workers.restarting("commands", self._commands_consumer().run))
             group.create_task(workers.measuring(self._database, ("movement_outbox", "outbox"), measure))
+
+    async def _sweeping(self) -> None:
+        await workers.forever(
+            lambda: workers.in_turns("holds expired", self._commands.sweep), self._settings.sweep_poll_seconds
+        )
 
     async def _partitions(self) -> None:
         async with self._database.connection() as connection:

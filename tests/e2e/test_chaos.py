@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from tests.model.auditor import LATE_SECONDS_MAX
 from tests.model.chaos import run
 
 FAULTS = ("pod killed", "answers lost", "Redis killed", "pod frozen", "PostgreSQL killed", "Kafka killed")
@@ -19,3 +20,4 @@ async def test_nothing_is_lost_or_sold_twice_whatever_fails(tmp_path: Path) -> N
     assert outcome.report.looked_at["reservations against holds"] > 10
     assert outcome.report.looked_at["movements in the topic"] >= outcome.report.looked_at["movements"]
     assert max(outcome.back_seconds) < 30
+    assert outcome.late <= LATE_SECONDS_MAX

@@ -113,8 +113,8 @@ WELL = {f'holdfast_calls_in_flight{{service="{name}",pod="{name}-0"}}': "3x60" f
     'holdfast_relayed_total{service="inventory",topic="t"}': "0+600x60",
     'holdfast_drift_units{service="inventory",of="ledger"}': "0x60",
     'holdfast_dead_letters{service="analytics",topic="t.dlq"}': "0x60",
-    'holdfast_locks_held{service="inventory",lock="inventory:sweeper",pod="a"}': "1x30 0x30",
-    'holdfast_locks_held{service="inventory",lock="inventory:sweeper",pod="b"}': "0x30 1x30",
+    'holdfast_locks_held{service="inventory",lock="inventory:reconciler",pod="a"}': "1x30 0x30",
+    'holdfast_locks_held{service="inventory",lock="inventory:reconciler",pod="b"}': "0x30 1x30",
     'holdfast_mart_lag_seconds{service="analytics"}': "1x60",
 }
 OLD = {'holdfast_outbox_age_seconds{service="inventory",outbox="movement_outbox"}': "0+60x60"}
@@ -139,8 +139,8 @@ SICK: dict[str, tuple[dict[str, str], set[str]]] = {
         {"HoldfastSheds"},
     ),
     "dead letters": ({'holdfast_dead_letters{service="analytics",topic="t.dlq"}': "1x60"}, {"HoldfastDeadLetters"}),
-    "nobody sweeps": (
-        {'holdfast_locks_held{service="inventory",lock="inventory:sweeper",pod="b"}': "0x60"},
+    "nobody reconciles": (
+        {'holdfast_locks_held{service="inventory",lock="inventory:reconciler",pod="b"}': "0x60"},
         {"HoldfastWorkersIdle"},
     ),
     "a service is gone": (

@@ -84,6 +84,29 @@ async def test_a_deadlock_is_retried(stack: Stack) -> None:
     await database.close()
 
 
+async def test_a_table_may_change_under_a_transaction(stack: Stack) -> None:
+    """A column that a migration adds, or drops, fails no transaction that has prepared its statements before."""
+    stack.databases("changing")
+    database = await Database.connect(stack.postgres_dsn("changing"), name="changing", connections_max=2)
+    other = await asyncpg.connect(stack.postgres_dsn("changing"))
+    await other.execute(
+        "DROP TABLE IF EXISTS changing; CREATE TABLE changing (id int); INSERT INTO changing VALUES (1)"
+    )
+
+    async def read() -> list[dict[str, object]]:
+        return await database.run(
+            lambda connection: connection.fetch("SELECT changing.* FROM changing")  # type: ignore[arg-type, return-value]
+        )
+
+    assert [dict(row) for row in await read()] == [{"id": 1}]
+    await other.execute("ALTER TABLE changing ADD COLUMN more text NOT NULL DEFAULT ''")
+    assert [dict(row) for row in await read()] == [{"id": 1, "more": ""}]
+    await other.execute("ALTER TABLE changing DROP COLUMN more")
+    assert [dict(row) for row in await read()] == [{"id": 1}]
+    await other.close()
+    await database.close()
+
+
 async def test_inventory_away_is_unavailable_and_nothing_is_stored(stack: Stack) -> None:
     """Reserve fails with INVENTORY_UNAVAILABLE, and there is no row to be found later."""
     channel = open_channel(f"ipv4:127.0.0.1:{free_port()}")

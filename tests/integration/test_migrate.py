@@ -5,6 +5,7 @@ from collections.abc import AsyncIterator
 
 import asyncpg
 import pytest
+import sqlalchemy
 
 from deploy.local.stack import Stack
 from shared.migrate import migrate, wait
@@ -44,6 +45,35 @@ async def test_waiting_outlives_a_database_that_is_not_there(stack: Stack) -> No
     """A database that does not exist yet is waited for, and not an error."""
     with pytest.raises(TimeoutError):
         await wait(stack.postgres_dsn("not_there"), "inventory", ["pre"], seconds_max=0)
+
+
+async def test_a_migration_waits_for_those_who_serve_without_stopping_them(
+    dsn: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It gives the lock of a table up that it does not get soon, and takes it when it can."""
+    monkeypatch.setattr("shared.migrate.LOCK_SECONDS_MAX", 0.1)
+    await execute(dsn, "CREATE TABLE stock (busy int)")
+    serving = await asyncpg.connect(dsn)
+    transaction = serving.transaction()
+    await transaction.start()
+    await serving.execute("SELECT FROM stock")
+    changed = 0
+
+    def upgrade(connection: sqlalchemy.Connection, *_: str) -> None:
+        nonlocal changed
+        connection.execute(sqlalchemy.text("ALTER TABLE stock ADD COLUMN more int"))
+        changed += 1
+
+    monkeypatch.setattr("shared.migrate.upgrade", upgrade)
+    migrating = asyncio.ensure_future(migrate(dsn, "inventory", ["pre"]))
+    for _ in range(3):
+        await execute(dsn, "SELECT FROM stock")  # behind the migration, until that gives up
+        await asyncio.sleep(0.1)
+    assert not migrating.done()
+    await transaction.rollback()
+    await migrating
+    assert changed == 1
+    await serving.close()
 
 
 async def test_a_database_that_is_ahead_has_what_is_needed(dsn: str) -> None:

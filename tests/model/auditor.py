@@ -22,7 +22,7 @@ Three parts, each of which needs less peace than the next:
 import asyncio
 from bisect import bisect_left, bisect_right
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,6 +40,7 @@ CHANGES = "holdfast.reservation.changes.v1"
 SHOWN_MAX = 20  # of violations of a kind
 FOLLOW_SECONDS = 5.0
 CLOCK_SECONDS = 0.05  # between two clocks of one machine
+LATE_SECONDS_MAX = 1.0  # from a hold's time until it is given back
 Key = tuple[str, str]
 
 _ORDERED = """
@@ -50,6 +51,10 @@ FROM movement WINDOW key AS (PARTITION BY sku, location ORDER BY version)
 """
 _HOLDS = "SELECT sku, location, sum({part}) AS units FROM hold GROUP BY sku, location"
 _MOVED = "SELECT sku, location, sum({sign}{delta}) AS units FROM movement WHERE kind = '{kind}' GROUP BY sku, location"
+_WITH_HOLD = (
+    "SELECT sku, location, hold_id, recorded_at, expires_at FROM movement JOIN hold USING (sku, location, hold_id)"
+    " WHERE movement.kind = '{kind}' AND {wrong}"
+)
 
 
 def _same_sums(holds: str, moved: str) -> str:
@@ -72,6 +77,8 @@ BOOKS = {
     " WHERE held < 0 OR held > on_hand + backorder_limit + short",
     "a hold took safety stock": "SELECT sku, location, version FROM movement"
     " WHERE kind = 'HOLD' AND on_hand - held - safety_stock + backorder_limit < 0",
+    "expired before its time": _WITH_HOLD.format(kind="EXPIRE", wrong="movement.recorded_at < hold.expires_at"),
+    "sold after its time": _WITH_HOLD.format(kind="COMMIT", wrong="movement.recorded_at >= hold.expires_at"),
     "stock is not its last movement": """
     SELECT sku, location, stock.version, last.version FROM stock
     LEFT JOIN (SELECT DISTINCT ON (sku, location) * FROM movement ORDER BY sku, location, version DESC) AS last
@@ -123,10 +130,14 @@ SELECT sku, location, version, recorded_at, kind, on_hand_delta, held_delta, on_
        backorder_limit, hold_id, request_id
 FROM movement ORDER BY sku, location, version
 """
-LATENESS = """
-SELECT extract(epoch FROM movement.recorded_at - max(hold.expires_at))::float8 AS seconds
+# What has not expired yet counts as well: until now.
+EXPIRIES = """
+SELECT extract(epoch FROM max(hold.expires_at))::float8 AS due, extract(epoch FROM movement.recorded_at)::float8 AS done
 FROM movement JOIN hold USING (sku, location, hold_id) WHERE movement.kind = 'EXPIRE'
-GROUP BY sku, location, hold_id, movement.version, movement.recorded_at ORDER BY 1
+GROUP BY sku, location, hold_id, movement.version, movement.recorded_at
+UNION ALL
+SELECT extract(epoch FROM expires_at)::float8, extract(epoch FROM clock_timestamp())::float8
+FROM hold WHERE held > 0 AND expires_at < clock_timestamp()
 """
 
 
@@ -507,9 +518,23 @@ def _judge_order(applied: Iterable[tuple[Call, _Happened]], report: Report) -> N
 # -- all of it --------------------------------------------------------------------------------------------------------
 
 
-async def lateness(inventory_dsn: str) -> list[float]:
-    """By how many seconds holds were reclaimed after their time, in ascending order."""
-    return [row["seconds"] for row in await _rows(inventory_dsn, LATENESS)]
+async def lateness(inventory_dsn: str, away: Sequence[tuple[float, float]] = ()) -> list[float]:
+    """By how many seconds holds were reclaimed after their time, in ascending order.
+
+    `away` says from when until when the database was, in seconds since 1970, in order: see `late`.
+    """
+    return sorted(late(row["due"], row["done"], away) for row in await _rows(inventory_dsn, EXPIRIES))
+
+
+def late(due: float, done: float, away: Sequence[tuple[float, float]]) -> float:
+    """Seconds from when it was due, or from when the database had come back, until it was done.
+
+    The database's absence excuses what was not more than LATE_SECONDS_MAX late when it began.
+    """
+    for began, ended in away:
+        if due < ended and began < done and began - due <= LATE_SECONDS_MAX:
+            due = min(ended, done)
+    return done - due
 
 
 async def audit(at: Deployment, history: History | None = None, *, patience: float = 60.0) -> Report:

@@ -17,8 +17,9 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Awaitable, Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,36 +32,45 @@ from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
 from deploy.local.stack import REPOSITORY, Stack, free_port
-from deploy.local.supervisor import Pod, Service, Supervisor
-from shared.migrate import migrate
-from tests.model import auditor
+from deploy.local.supervisor import SERVICES, Pod, Service, Supervisor
+from tests.model import auditor, releases
 from tests.model.auditor import Deployment, Report
 from tests.model.history import Client, End, History
 from tests.model.proxy import Proxy
 from tests.model.shoppers import Shoppers, stock_up
+from tests.model.skewed import Clock
 
 SKUS = tuple(f"SKU-{number:02}" for number in range(24))
+SKEWED = Path(__file__).with_name("skewed.py")
 CLIENTS, CALLERS = 3, 6
 CALM_SHARE = 0.25
 BOOKS_SECONDS = 30.0
 SETTLE_SECONDS = 20.0  # longer than a hold can last, and than a change may be left half done
 BACK_SECONDS_MAX = 30.0
 GOODPUT_SHARE_MIN = 0.7
-LATE_SECONDS_MAX = 1.0
+AWAY = {"PostgreSQL killed", "PostgreSQL frozen", "disk full", "connections cut", "requests lost", "answers lost"}
 
 
 class Wired(Supervisor):
-    """Pods that reach PostgreSQL through a proxy."""
+    """Pods that reach PostgreSQL through a proxy, and have clocks that can be set."""
 
-    def __init__(self, stack: Stack, port: int) -> None:
-        super().__init__(stack)
+    def __init__(self, stack: Stack, port: int, code: Path) -> None:
+        super().__init__(stack, code=code)
         self._port = port
+
+    def clock(self, pod: Pod) -> Clock:
+        """What a pod takes the time of day from; its namesakes have the same."""
+        return Clock(self._root / f"{pod.name}.clock")
+
+    def command(self, pod: Pod) -> list[str]:
+        python, _, *program = super().command(pod)
+        return [python, "-P", str(SKEWED), str(self.clock(pod).file), *program]
 
     def environment(self, service: Service) -> dict[str, str]:
         made = super().environment(service)
         direct = self._stack.postgres_dsn(service.database)
         made["HOLDFAST_DATABASE_DSN"] = direct.replace(f":{_port(direct)}/", f":{self._port}/")
-        return made | {"HOLDFAST_LOG_LEVEL": "warning"}
+        return made | {"HOLDFAST_LOG_LEVEL": "warning", "PYTHONPATH": str(self.code)}
 
 
 @dataclass
@@ -68,9 +78,10 @@ class Scene:
     """What faults are done to, and how: each is done and undone within one call."""
 
     stack: Stack
-    pods: Supervisor
+    pods: Wired
     proxy: Proxy
     dice: random.Random
+    releases: Iterator[Path]  # that pods are still to be upgraded to
 
     def pod(self) -> Pod:
         return self.dice.choice(self.pods.pods)
@@ -153,26 +164,37 @@ class Scene:
 
     async def twin(self) -> None:
         """A second process with the identity of a pod: its name, its client ids, its place in the groups."""
-        pod = self.pod()
-        port = free_port()
-        process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", pod.service.module, "--role", "all", cwd=REPOSITORY,
-            env=self.pods.environment(pod.service)
-            | {"HOLDFAST_LISTEN": f"127.0.0.1:{port}", "HOLDFAST_POD": pod.name}
-            | {f"HOLDFAST_{name.upper()}_TARGET": self.pods.targets[name] for name in pod.service.calls},
-            stdout=asyncio.subprocess.DEVNULL,
-        )  # fmt: skip
+        second = replace(self.pod(), port=free_port(), metrics_port=free_port())
+        self.pods.spawn(second)
         await asyncio.sleep(self.dice.uniform(3, 6))
-        process.kill()
-        await process.wait()
+        await asyncio.to_thread(self.pods.kill, second)
+
+    async def jump(self) -> None:
+        """The clock on the wall of a pod is minutes ahead or behind for a while, then right again."""
+        clock = self.pods.clock(self.pod())
+        clock.set(self.dice.choice([-1, 1]) * self.dice.uniform(60, 600))
+        await asyncio.sleep(self.dice.uniform(2, 6))
+        clock.set(0)
 
     async def roll(self) -> None:
         """A rolling restart of a service, its migrations before it."""
         service = self.pod().service
-        await migrate(self.stack.postgres_dsn(service.database), service.name)
+        await asyncio.to_thread(self.pods.migrate, service)
         for pod in self.pods.pods:
             if pod.service is service:
                 await asyncio.to_thread(self.pods.restart, pod)
+
+    async def upgrade(self) -> None:
+        """The next release: what it needs is migrated, pods change one by one, what it does not need is dropped."""
+        await asyncio.to_thread(self._upgrade, next(self.releases))
+
+    def _upgrade(self, code: Path) -> None:
+        with ThreadPoolExecutor(len(SERVICES)) as pool:
+            list(pool.map(lambda service: self.pods.migrate(service, "pre", code), SERVICES))
+            self.pods.code = code
+            for pod in self.pods.pods:
+                self.pods.restart(pod)
+            list(pool.map(lambda service: self.pods.migrate(service, "post"), SERVICES))
 
     @property
     def faults(self) -> dict[str, Callable[[], Awaitable[None]]]:
@@ -180,7 +202,9 @@ class Scene:
             "pod killed": self.kill_pod,
             "pod frozen": self.freeze_pod,
             "pod doubled": self.twin,
+            "clock jumped": self.jump,
             "service rolled": self.roll,
+            "suite upgraded": self.upgrade,
             "PostgreSQL killed": self.kill_postgres,
             "PostgreSQL frozen": self.freeze_postgres,
             "disk full": self.fill_disk,
@@ -206,6 +230,7 @@ class Outcome:
     calm_per_second: float = 0.0
     per_second: float = 0.0
     back_seconds: list[float] = field(default_factory=list)
+    away: list[tuple[float, float]] = field(default_factory=list)  # from when until when the database was
     late_seconds: list[float] = field(default_factory=list)
     report: Report = field(default_factory=Report)
 
@@ -213,6 +238,17 @@ class Outcome:
     def goodput(self) -> float:
         """Calls answered in a second under faults over those without."""
         return self.per_second / self.calm_per_second if self.calm_per_second else 0.0
+
+    @property
+    def late(self) -> float:
+        """By how many seconds 99 of 100 holds were given back at most after their time, or the database's return."""
+        return self.late_seconds[len(self.late_seconds) * 99 // 100] if self.late_seconds else 0.0
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing was violated, enough was answered, and holds were given back in time."""
+        in_time = self.late <= auditor.LATE_SECONDS_MAX
+        return not self.report.violations and self.goodput >= GOODPUT_SHARE_MIN and in_time
 
 
 async def run(
@@ -223,19 +259,23 @@ async def run(
     fault_seconds: float,
     every: float,
     only: Sequence[str] = (),
+    base: Path = REPOSITORY,
     say: Callable[[str], None] = lambda _: None,
 ) -> Outcome:
-    """Shop without faults, then with; audit. `only`: these faults, one after the other, instead of any."""
+    """Shop without faults, then with; audit. `only`: these faults, one after the other, instead of any.
+
+    `base` is the checkout that pods are of until they are upgraded, first to this one.
+    """
     outcome = Outcome(seed)
     stack = Stack(root)
     with stack.start(fresh=True):
         proxy, port = Proxy(_port(stack.postgres_dsn("x"))), free_port()
         await proxy.start(port)
-        pods = Wired(stack, port)
+        pods = Wired(stack, port, base)
         await asyncio.to_thread(pods.start)
         try:
             history = History()
-            scene = Scene(stack, pods, proxy, random.Random(seed))
+            scene = Scene(stack, pods, proxy, random.Random(seed), releases.after(base, root))
             shoppers = Shoppers(history, SKUS, seed)
             await _stock_up(history, pods)
             targets = pods.targets["inventory"], pods.targets["reservation"]
@@ -254,7 +294,7 @@ async def run(
             await asyncio.sleep(SETTLE_SECONDS)
             say("auditing")
             outcome.report.add(await auditor.audit(_deployment(stack), history))
-            outcome.late_seconds = await auditor.lateness(stack.postgres_dsn("inventory"))
+            outcome.late_seconds = await auditor.lateness(stack.postgres_dsn("inventory"), outcome.away)
             outcome.calls = Counter(str(call.end) for call in history.calls)
             history.save(root / "history.jsonl")
         finally:
@@ -272,19 +312,26 @@ async def _trouble(
     only: Sequence[str],
     say: Callable[[str], None],
 ) -> None:
-    """A fault each `every` seconds, and after each the time until calls are answered again."""
+    """A fault each `every` seconds, all kinds in some order and then again in another, and after each the time until
+    calls are answered again.
+    """
     until = time.monotonic() + seconds
-    planned = iter(only) if only else None
-    while time.monotonic() < until:
+    names = iter(only) if only else _rounds(scene)
+    while time.monotonic() < until and (name := next(names, "")):
         due = time.monotonic() + every
-        name = next(planned, "") if planned else scene.dice.choice(sorted(scene.faults))
-        if not name:
-            return
         say(name)
+        began = time.time()
         await scene.faults[name]()
+        if name in AWAY:
+            outcome.away.append((began, time.time()))
         outcome.faults[name] += 1
         outcome.back_seconds.append(await _back(history))
         await asyncio.sleep(max(0, due - time.monotonic()))
+
+
+def _rounds(scene: Scene) -> Iterator[str]:
+    while True:
+        yield from scene.dice.sample(sorted(scene.faults), len(scene.faults))
 
 
 async def _back(history: History) -> float:
@@ -363,7 +410,6 @@ def _signal(pids: Sequence[int], number: signal.Signals) -> None:
 def show(console: Console, outcome: Outcome) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     looked, calls = outcome.report.looked_at, outcome.calls
-    late = outcome.late_seconds or [0.0]
     lost = [one for one in outcome.report.violations if "lost" in one or "not what was answered" in one]
     oversold = [one for one in outcome.report.violations if one.startswith("oversold")]
     rows: list[tuple[str, Any, str]] = [
@@ -376,7 +422,8 @@ def show(console: Console, outcome: Outcome) -> None:
         ("drift", len(outcome.report.violations) - len(lost) - len(oversold), "other violations of any kind"),
         ("goodput", f"{outcome.goodput:.2f}", f"{outcome.per_second:.0f} calls/s of {outcome.calm_per_second:.0f}"),
         ("back after", f"{max(outcome.back_seconds, default=0):.1f} s", "at most, until a reservation was answered"),
-        ("expired late", f"{late[len(late) * 99 // 100]:.2f} s", f"p99 of {len(late):,}; at most {late[-1]:.1f} s"),
+        ("expired late", f"{outcome.late:.2f} s",
+         f"p99 of {len(outcome.late_seconds):,}; at most {max(outcome.late_seconds, default=0):.2f} s"),
         ("refusals justified", looked["refusals justified"], f"{looked['audits under load']} audits under load"),
     ]  # fmt: skip
     for row in rows:
@@ -392,6 +439,7 @@ def main() -> int:
     parser.add_argument("--every", type=float, default=5, help="seconds between faults")
     parser.add_argument("--seed", type=int, default=random.SystemRandom().randrange(10**6))
     parser.add_argument("--only", action="append", default=[], help="this fault, and no other; may be repeated")
+    parser.add_argument("--base", type=Path, default=REPOSITORY, help="a checkout of the release to begin with")
     arguments = parser.parse_args()
     console = Console()
     seconds = arguments.minutes * 60
@@ -414,6 +462,7 @@ def main() -> int:
                     fault_seconds=seconds * (1 - CALM_SHARE),
                     every=arguments.every,
                     only=arguments.only,
+                    base=arguments.base.resolve(),
                     say=lambda line: progress.update(task, description=line),
                 )
             )
@@ -425,10 +474,11 @@ def main() -> int:
             "seed": outcome.seed, "minutes": arguments.minutes, "faults": dict(outcome.faults),
             "calls": dict(outcome.calls), "goodput": round(outcome.goodput, 3),
             "looked_at": dict(outcome.report.looked_at), "violations": outcome.report.violations,
-            "back_seconds": outcome.back_seconds,
+            "back_seconds": outcome.back_seconds, "late_seconds": outcome.late,
+            "late_seconds_max": max(outcome.late_seconds, default=0),
         }  # fmt: skip
         kept.write_text(json.dumps(figures, indent=2) + "\n")
-    return int(bool(outcome.report.violations) or outcome.goodput < GOODPUT_SHARE_MIN)
+    return int(not outcome.passed)
 
 
 if __name__ == "__main__":

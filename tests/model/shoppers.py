@@ -82,7 +82,7 @@ class Shoppers:
             await client.cancel(name, "changed-my-mind")
 
 
-async def stock_up(client: Client, inventory: Any, skus: Sequence[str]) -> None:
+async def stock_up(client: Client, inventory: Any, skus: Sequence[str], units: int = OPENING_UNITS) -> None:
     """Locations, SKUs, and the units that all begins with."""
     for priority, at in enumerate(LOCATIONS):
         location = ip.Location(location=at, name=at.title(), priority=priority)
@@ -90,4 +90,4 @@ async def stock_up(client: Client, inventory: Any, skus: Sequence[str]) -> None:
     for sku in skus:
         await inventory.CreateSku(ip.CreateSkuRequest(request_id=f"make-{sku}", sku=ip.Sku(sku=sku, name=sku)))
         for at in LOCATIONS:
-            await client.receive(f"opening-{sku}-{at}", (sku, at, OPENING_UNITS))
+            await client.receive(f"opening-{sku}-{at}", (sku, at, units))

@@ -115,12 +115,26 @@ def test_what_is_refused_may_have_been_short_for_a_moment() -> None:
     assert [one.split(":")[0] for one in late.violations] == ["refused without a reason"]
 
 
+def test_how_late_a_hold_expired() -> None:
+    """From its time, or from the database's return; being away excuses nothing that was late before."""
+    away = [(10.0, 12.0), (12.5, 14.0)]
+    assert auditor.late(8, 8.25, away) == 0.25
+    assert auditor.late(9.5, 12.25, away) == 0.25
+    assert auditor.late(11, 11.5, away) == 0
+    assert auditor.late(11, 14.5, away) == 0.5
+    assert auditor.late(8.5, 12.25, away) == 3.75
+
+
 BREAK: dict[str, tuple[str, ...]] = {
     "a version is missing or there twice": ("DELETE FROM movement WHERE version = 2",),
     "a movement does not continue": ("UPDATE movement SET held = held + 1 WHERE version = 2",),
     "time ran backwards": ("UPDATE movement SET recorded_at = recorded_at - interval '1 s' WHERE version = 3",),
     "oversold": ("UPDATE movement SET held = on_hand + 1 WHERE version = 2",),
     "a hold took safety stock": ("UPDATE movement SET safety_stock = on_hand WHERE version = 2",),
+    "expired before its time": ("UPDATE movement SET kind = 'EXPIRE' WHERE version = 2",),
+    "sold after its time": (
+        "UPDATE movement SET kind = 'COMMIT', recorded_at = recorded_at + interval '1 h' WHERE version = 3",
+    ),
     "stock is not its last movement": ("UPDATE stock SET on_hand = on_hand + 1",),
     "held is not the sum of the open holds": ("DELETE FROM hold",),
     "held is not what the ledger says was held": ("DELETE FROM hold",),
