@@ -476,10 +476,12 @@ def sum_lines(lines: Iterable[HoldLine]) -> tuple[HoldLine, ...]:
 def plan(request: HoldRequest, shelf: Shelf, sources: Mapping[str, Sequence[str]]) -> Plan:
     """Decide one hold from locked stock, without booking it.
 
-    `sources` lists each SKU's locations in order of priority. An open line is met by the first source
-    that can meet it alone, otherwise by several in that order.
+    `sources` lists the locations of each SKU of an open line, in order of priority. An open line is met by the
+    first source that can meet it alone, otherwise by several in that order. Lines with a location come before it,
+    and leave it its minimum.
     """
     left: dict[Key, int] = {}
+    spare = {line.sku: _spare(line.sku, request, shelf, sources) for line in request.lines if not line.location}
     allocated: dict[Key, int] = {}
     short_lines: list[ShortLine] = []
     enough = True
@@ -489,12 +491,14 @@ def plan(request: HoldRequest, shelf: Shelf, sources: Mapping[str, Sequence[str]
         for key in keys:
             stock = shelf.stocks.get(key)
             free[key] = left.setdefault(key, stock.available if stock else 0)
-        total = sum(free.values())
-        if total < line.quantity:
-            short_lines.append(ShortLine(line.sku, line.location, line.quantity, total))
-            enough = enough and request.mode is not Mode.ALL and total >= line.minimum
-        whole = next((key for key in keys if free[key] >= line.quantity), None)
-        wanted = min(line.quantity, total)
+        wanted = min(line.quantity, sum(free.values()))
+        if line.sku in spare:
+            wanted = min(wanted, line.minimum + max(0, spare[line.sku]))
+            spare[line.sku] -= max(0, wanted - line.minimum)
+        if wanted < line.quantity:
+            short_lines.append(ShortLine(line.sku, line.location, line.quantity, wanted))
+            enough = enough and request.mode is not Mode.ALL and wanted >= line.minimum
+        whole = next((key for key in keys if free[key] >= wanted), None)
         for key in [whole] if whole else keys:
             taken = min(wanted, left[key])
             if taken:
@@ -507,6 +511,13 @@ def plan(request: HoldRequest, shelf: Shelf, sources: Mapping[str, Sequence[str]
         tuple(Allocation(sku, location, quantity) for (sku, location), quantity in sorted(allocated.items())),
         tuple(short_lines),
     )
+
+
+def _spare(sku: str, request: HoldRequest, shelf: Shelf, sources: Mapping[str, Sequence[str]]) -> int:
+    """Units of a SKU that are to be had beyond what its lines must have at least."""
+    stocks = (shelf.stocks.get((sku, at)) for at in sources.get(sku, ()))
+    least = sum(line.minimum for line in request.lines if line.sku == sku)
+    return sum(stock.available for stock in stocks if stock) - least
 
 
 def take(change: HoldChange, rows: Sequence[HoldRow], now: datetime) -> list[tuple[HoldRow, int]]:
@@ -584,5 +595,6 @@ def _open_rows(change: HoldChange, rows: Sequence[HoldRow]) -> list[HoldRow]:
         raise Refusal(Reason.HOLD_EXPIRED, f"the time of hold {change.hold_id} has come", hold_id=change.hold_id)
     open_rows = [row for row in rows if row.held]
     if not open_rows:
-        raise Refusal(Reason.HOLD_CLOSED, f"nothing of hold {change.hold_id} is held", hold_id=change.hold_id)
+        skus = ", ".join(change.skus)
+        raise Refusal(Reason.HOLD_CLOSED, f"{change.hold_id} holds nothing of {skus} any more", hold_id=change.hold_id)
     return open_rows

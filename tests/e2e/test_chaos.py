@@ -7,7 +7,15 @@ import pytest
 from tests.model.auditor import LATE_SECONDS_MAX
 from tests.model.chaos import run
 
-FAULTS = ("pod killed", "answers lost", "Redis killed", "pod frozen", "PostgreSQL killed", "Kafka killed")
+FAULTS = (
+    "pod killed",
+    "answers lost",
+    "clock jumped",
+    "Redis killed",
+    "pod frozen",
+    "PostgreSQL killed",
+    "Kafka killed",
+)
 
 
 @pytest.mark.timeout(300)

@@ -10,6 +10,7 @@ from holdfast.inventory.v1 import inventory_pb2 as ip
 from holdfast.reservation.v1 import reservation_pb2 as rp
 
 from shared.client import Holdfast
+from shared.errors import refusal_of
 from shared.refusal import Refusal
 from tests.e2e.shop import goods, new, stock
 
@@ -109,6 +110,21 @@ async def test_an_expired_reservation_says_so_and_frees_its_stock(holdfast: Hold
     assert late.value.reason == "RESERVATION_EXPIRED"
     assert (await holdfast.get(name)).allocations[0].expired == 3
     assert (await holdfast.reserve(new(), [(sku, "", 3)])).outcome == HELD
+
+
+async def test_a_line_of_which_nothing_is_held_says_so(holdfast: Holdfast) -> None:
+    """Though others are held: the refusal tells the reservation's state, and leaves it."""
+    gone, held, name = await goods(holdfast, 5), await goods(holdfast, 5), new()
+    await holdfast.reserve(name, [(gone, "", 2), (held, "", 3)])
+    await holdfast.confirm(name, "sold", [(gone, "", 2)])
+    for call in (holdfast.confirm(name, "more", [(gone, "", 1)]), holdfast.cancel(name, "back", [(gone, "", 1)])):
+        with pytest.raises(grpc.aio.AioRpcError) as caught:
+            await call
+        refusal = refusal_of(caught.value)
+        assert refusal
+        assert refusal.reason == "RESERVATION_NOT_HELD"
+        assert refusal.metadata == {"reservation_id": name, "state": "HELD"}
+    assert (await holdfast.cancel(name, "rest")).reservation.state == rp.RESERVATION_STATE_CONFIRMED
 
 
 async def test_best_effort_and_minimum(holdfast: Holdfast) -> None:

@@ -337,6 +337,9 @@ class _Judge:
             (row["reservation_id"], row["request_id"]): row
             for row in world.servers["reservation"].all("reservation_change")
         }
+        self._skus: dict[str, set[str]] = defaultdict(set)
+        for row in world.servers["reservation"].all("allocation"):
+            self._skus[row["reservation_id"]].add(row["sku"])
         self._hold_changes = {
             (row["hold_id"], row["request_id"]) for row in world.servers["inventory"].all("hold_change")
         }
@@ -400,13 +403,10 @@ class _Judge:
             self._books.require(False, "refused without a reason:", calls[0].asked, hold)
 
     def _could_be_met(self, asked: Operation, at: datetime) -> bool:
-        """Whether all that ALL, MINIMUM or BEST_EFFORT needs was there in every state of the ledger at this time.
-
-        A line with a place takes all that it wants before a line without one, even where its minimum would do.
-        """
+        """Whether all that ALL, MINIMUM or BEST_EFFORT needs was there in every state of the ledger at this time."""
         demand: dict[Key, int] = defaultdict(int)
         for sku, place, units in asked.lines:
-            demand[sku, place] += units if asked.mode == "ALL" or (place and asked.mode == "MINIMUM") else 1
+            demand[sku, place] += units if asked.mode == "ALL" else 1
         met = []
         for sku in sorted({sku for sku, _ in demand}):
             free = {place: self._free((sku, place), at) for place in PLACES}
@@ -485,8 +485,10 @@ class _Judge:
             case "RESERVATION_EXPIRED":
                 true = any(seconds(row["expires_at"]) <= ended + 1e-5 for row in rows)
             case "RESERVATION_NOT_HELD":
-                skus = {sku for sku, *_ in asked.lines} or {row["sku"] for row in rows}
-                true = all(self._least_held(asked.name, sku, 0, ended) == 0 for sku in skus)
+                # Not what a request of other content held under the id.
+                skus = {sku for sku, *_ in asked.lines} or self._skus[asked.name]
+                gone = all(self._least_held(asked.name, sku, 0, ended) == 0 for sku in skus)
+                true = gone and "state" in refusal.metadata
             case "QUANTITY_EXCEEDED":
                 true = any(self._least_held(asked.name, sku, first, ended) < units for sku, _, units in asked.lines)
             case "RESERVATION_NOT_FOUND":

@@ -14,7 +14,8 @@ What differs: which of several waiters is next is the seed's choice, and a deadl
 
 import asyncio
 import contextvars
-from collections.abc import Awaitable, Callable, Coroutine, Iterator, Mapping, Sequence
+import types
+from collections.abc import Awaitable, Callable, Coroutine, Generator, Iterator, Mapping, Sequence
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import datetime
@@ -368,13 +369,19 @@ class Connection:
                     self._transaction.roll_back()
                     self._transaction = None
             raise asyncpg.SerializationError("could not serialize access")
-        at_server = asyncio.get_running_loop().create_task(work(), context=contextvars.Context())
+        working, context = work(), contextvars.Context()
         try:
-            answer = await asyncio.shield(at_server)
-        except asyncio.CancelledError:
-            at_server.add_done_callback(lambda _done: self._drop())
-            at_server.add_done_callback(lambda done: done.cancelled() or done.exception())
-            raise
+            waiting = context.run(working.send, None)
+        except StopIteration as done:  # as nearly always: it met no lock
+            answer = done.value
+        else:
+            at_server = asyncio.get_running_loop().create_task(_rest(working, waiting), context=context)
+            try:
+                answer = await asyncio.shield(at_server)
+            except asyncio.CancelledError:
+                at_server.add_done_callback(lambda _done: self._drop())
+                at_server.add_done_callback(lambda done: done.cancelled() or done.exception())
+                raise
         if fault == "lost after":
             self._drop()
             raise asyncpg.ConnectionDoesNotExistError("connection was closed in the middle of operation")
@@ -390,6 +397,18 @@ class Connection:
                 asyncio.get_running_loop().call_later(seconds, transaction.roll_back)
             else:
                 transaction.roll_back()
+
+
+@types.coroutine
+def _rest(working: Coroutine[Any, Any, Any], waiting: Any) -> Generator[Any, Any, Any]:
+    """A coroutine from where it waits to its end."""
+    try:
+        while True:
+            waiting = working.send((yield waiting))
+    except StopIteration as done:
+        return done.value
+    finally:
+        working.close()
 
 
 class _InTransaction:

@@ -225,6 +225,7 @@ class World:
         self.pods: dict[str, Pod] = {}
         self._poll_seconds = poll_seconds
         self._counts: Counter[str] = Counter()
+        self._mixed: dict[str, int] = {}  # what a site adds to its chances
         self.loop.on_task = self._adopt
         self.loop.set_exception_handler(lambda _loop, _context: None)
 
@@ -238,7 +239,10 @@ class World:
 
     def chance(self, site: str, number: int, salt: int) -> float:
         """A number from 0 to 1 that depends on the seed and on where it is asked, and not on what came before."""
-        mixed = (self.seed * 0x9E3779B97F4A7C15) ^ (zlib.crc32(site.encode()) * 0xBF58476D1CE4E5B9)
+        mixed = self._mixed.get(site)
+        if mixed is None:
+            mixed = (self.seed * 0x9E3779B97F4A7C15) ^ (zlib.crc32(site.encode()) * 0xBF58476D1CE4E5B9)
+            self._mixed[site] = mixed
         mixed = (mixed ^ (number * 0x94D049BB133111EB) ^ (salt * 0xD6E8FEB86659FD93)) & MASK
         for _ in range(2):
             mixed = ((mixed ^ (mixed >> 31)) * 0xD6E8FEB86659FD93) & MASK
@@ -272,7 +276,7 @@ class World:
         seconds = 0.0002 + 0.002 * drawn * drawn
         if fault == "delay":
             seconds = 0.05 + 4 * drawn * drawn
-        await asyncio.sleep(seconds)
+        await self.loop.after(seconds)
 
     def _adopt(self, task: "asyncio.Task[Any]", context: contextvars.Context) -> None:
         pod = context.get(POD)

@@ -115,6 +115,28 @@ def test_a_plan_never_takes_what_is_not_there(
         assert plan.short_lines
 
 
+@given(
+    st.dictionaries(places, st.tuples(st.integers(1, 12), st.integers(0, 12)), min_size=1),
+    st.dictionaries(st.sampled_from("XYZ"), st.integers(0, 12)),
+)
+def test_least_is_refused_only_when_some_minimum_cannot_be_met(
+    asked: dict[str, tuple[int, int]], free: dict[str, int]
+) -> None:
+    """Lines with a location leave an open line of their SKU its minimum; each line gets at least its own."""
+    lines = [HoldLine("A", place, units, min(least, units)) for place, (units, least) in asked.items()]
+    shelf = Shelf({("A", at): Stock("A", at, on_hand=units) for at, units in free.items()})
+    request = HoldRequest("h", domain.sum_lines(lines), Mode.MINIMUM, timedelta(minutes=1), b"")
+    plan = domain.plan(request, shelf, {"A": sorted(free)})
+    to_be_had = free | {"": sum(free.values())}
+    least_of_all = sum(line.minimum for line in lines)
+    may = least_of_all <= to_be_had[""] and all(to_be_had.get(line.location, 0) >= line.minimum for line in lines)
+    got = {part.location: part.quantity for part in plan.allocations}
+    assert bool(got) == (may and any(to_be_had.get(line.location) for line in lines))
+    if got:
+        assert all(got.get(line.location, 0) >= line.minimum for line in lines if line.location)
+        assert sum(got.values()) >= least_of_all
+
+
 @given(st.lists(st.tuples(st.sampled_from(domain.Change), st.integers(0, 15), st.booleans()), max_size=30))
 def test_no_sequence_of_adjustments_breaks_the_promise(steps: list[tuple[domain.Change, int, bool]]) -> None:
     """After any of them 0 <= held <= on hand + backorder limit + short, and movements add up."""
