@@ -25,7 +25,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.local.certificates import Authority
-from deploy.local.stack import REPOSITORY, Leash, Say, Stack, StackError, free_port, tail
+from deploy.local.stack import CITUS_SHARDS, REPOSITORY, Leash, Say, Stack, StackError, free_port, tail
 from shared import tls
 from shared.topics import TOPICS
 
@@ -309,6 +309,8 @@ class Supervisor:
         if self._certificates:
             directory, table = self._certificates[service.name], ACCESS_FILE
             secure = {"HOLDFAST_TLS_DIRECTORY": str(directory), "HOLDFAST_ACCESS_FILE": str(table)}
+        if self._stack.citus_dsn:
+            own |= {"HOLDFAST_CITUS_DSN": self._stack.citus_dsn, "HOLDFAST_CITUS_SHARD_COUNT": str(CITUS_SHARDS)}
         return (
             own
             | os.environ
@@ -346,7 +348,7 @@ class Supervisor:
         log.unlink(missing_ok=True)
         began = time.monotonic()
         process = self._leash.spawn(
-            [self._python, "-m", "shared.migrate", service.name, "--phase", "all"],
+            [self._python, "-m", "shared.migrate", service.name, *["--distributed"][: bool(self._stack.citus_dsn)]],
             log=log,
             cwd=self.code,
             env=self.environment(service),

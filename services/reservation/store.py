@@ -53,7 +53,7 @@ WITH made AS (
   SELECT * FROM unnest($28::text[], $29::text[], $30::text[])
   ON CONFLICT DO NOTHING
 )
-INSERT INTO outbox (topic, type, keys, payloads, traceparent) VALUES ($25, $26, $1, $31, $32)
+INSERT INTO outbox (topic, type, keys, payloads, traceparent) SELECT $25, $26, $1, $31, $32
 """
 KNOWN = """
 SELECT reservation.reservation_id FROM unnest($1::text[]) AS asked (reservation_id)

@@ -58,7 +58,8 @@ HOT = {
     "MOVEMENTS_AFTER": f"{KEYS}, array[1, 1], 10",
     "MOVED": f"{KEYS}, array[1, 1]",
     "SUM_STOCK": "array['S000100', 'S000200']",
-    "BALANCE": "'', '', 10",
+    "NEXT_KEYS": "'', '', 10",
+    "COMPARE": KEYS,
 }
 
 BOOKED = (
@@ -94,7 +95,8 @@ async def test_reservation_reads_and_writes_by_index(reservation_db: Database, n
 async def test_the_relay_reads_and_deletes_by_index(inventory_db: Database) -> None:
     """The oldest events by id, what was sent by key and id."""
     await assert_by_index(inventory_db, outbox.PEEK.format(table="outbox"), "10")
-    await assert_by_index(inventory_db, inventory.UNSENT_MOVEMENTS, "10")
+    await assert_by_index(inventory_db, inventory.UNSENT, "10")
+    await assert_by_index(inventory_db, inventory.MOVEMENTS_AT, f"{KEYS}, array[1, 1], array[now(), now()]")
     await assert_by_index(inventory_db, inventory.DELETE_SENT_MOVEMENTS, "array[1]")
     await assert_by_index(inventory_db, outbox.OUTBOX.delete, "array[1]")
 
