@@ -5,6 +5,7 @@ statement's plan visits them, which is that of its arrays.
 """
 # ruff: noqa: PLR0917 - a statement has the parameters that it has
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -643,7 +644,7 @@ async def _read_reservations(t: Transaction, ids: Texts) -> list[Record]:
                 for x in t.scan("allocation")
                 if x["reservation_id"] == name
             ]
-            found.append(Record({**row, "lines": lines, "allocations": parts}))
+            found.append(Record({**row, "lines": json.dumps(lines), "allocations": json.dumps(parts)}))
     return found
 
 
