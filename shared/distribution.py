@@ -44,6 +44,9 @@ SPREAD = """
 SELECT logicalrelid::text FROM pg_dist_partition
 WHERE logicalrelid = ANY ($1::regclass[]) AND (partmethod = 'h' OR repmodel = 't')
 """
+SHARDS = """
+SELECT coalesce(max(count), 0) FROM (SELECT count(*) FROM pg_dist_shard GROUP BY logicalrelid) AS tables
+"""
 # The foreign keys of some tables; those of partitions follow their parents.
 KEYS = """
 SELECT format('ALTER TABLE %s DROP CONSTRAINT %I', conrelid::regclass, conname) AS drop,
@@ -75,11 +78,11 @@ def plan(service: str) -> Plan:
     return Plan(content["distributed"], content["reference"]["tables"], content["workers"])
 
 
-async def distributed(dsn: str) -> bool:
-    """Whether the database is spread over a cluster."""
+async def shards(dsn: str) -> int:
+    """Into how many shards the database's tables are spread; 0 where they are not."""
     connection = await asyncpg.connect(dsn)
     try:
-        return bool(await connection.fetchval(EXTENDED) and await connection.fetchval(NODES))
+        return int(await connection.fetchval(SHARDS)) if await connection.fetchval(EXTENDED) else 0
     finally:
         await connection.close()
 

@@ -50,6 +50,7 @@ REPOSITORY = Path(__file__).resolve().parents[2]
 KAFKA_POM = Path(__file__).with_name("kafka") / "pom.xml"
 
 POSTGRES_USER = "holdfast"
+MAINTENANCE = "postgres"  # a database that every server has
 CITUS_SHARDS = 8
 LOOPBACK = "127.0.0.1"
 UNPRIVILEGED_USER = "nobody"
@@ -262,7 +263,8 @@ class Stack:
     def postgres_dsn(self, database: str) -> str:
         """A DSN of the superuser, without password: who reaches the address is trusted."""
         if self.citus_dsn:
-            return urlsplit(self.citus_dsn)._replace(path=f"/{self._prefix}{database}").geturl()
+            name = database if database == MAINTENANCE else self._prefix + database
+            return urlsplit(self.citus_dsn)._replace(path=f"/{name}").geturl()
         return f"postgresql://{POSTGRES_USER}@{self.host}:{self._server('PostgreSQL').port}/{database}"
 
     @property
@@ -325,7 +327,7 @@ class Stack:
         return dsn
 
     async def _connect(self, **place: Any) -> Connection:
-        connection: Connection = await asyncpg.connect(self.citus_dsn or self.postgres_dsn("postgres"), **place)
+        connection: Connection = await asyncpg.connect(self.citus_dsn or self.postgres_dsn(MAINTENANCE), **place)
         return connection
 
     async def _drop(self, which: Callable[[str], bool]) -> None:

@@ -38,10 +38,10 @@ SELECT coalesce(min(bucket) FILTER (WHERE passed >= 0.50 * whole), 0) AS p50,
 FROM running
 """
 REACHED = """
-SELECT seen.sku, seen.location, seen.version
+SELECT seen.sku, seen.location
 FROM unnest($1::text[], $2::text[], $3::bigint[]) AS seen (sku, location, version)
-  LEFT JOIN stock_view AS view ON view.sku = seen.sku AND view.location = seen.location
-WHERE coalesce(view.version, 0) < seen.version LIMIT 1
+  JOIN stock_view AS view ON view.sku = seen.sku AND view.location = seen.location
+WHERE view.version >= seen.version
 """
 # The last movement up to the instant, or the snapshot before it, whichever is later: two index lookups for a
 # key, however long its history is.
@@ -139,10 +139,11 @@ async def await_versions(database: Database, versions: Mapping[Key, int], second
 
     async def look() -> Refusal | None:
         async with database.connection() as connection:
-            row = await connection.fetchrow(REACHED, *asked)
-        if row is None:
+            reached = set(map(tuple, await connection.fetch(REACHED, *asked)))
+        late = next((key for key in sorted(versions) if key not in reached and versions[key] > 0), None)
+        if late is None:
             return None
-        sku, location, version = row
+        (sku, location), version = late, versions[late]
         return Refusal(
             Reason.NOT_CAUGHT_UP, f"{sku} at {location} has not reached version {version}",
             sku=sku, location=location, version=version,

@@ -190,7 +190,7 @@ MONTHS_TO_SNAPSHOT = """
 SELECT month FROM generate_series(
   (SELECT coalesce(max(taken_at), (SELECT date_trunc('month', min(first_movement_at), 'UTC') FROM stock_view))
    FROM snapshot_taken) + interval '1 month', $1, interval '1 month') AS month
-WHERE NOT EXISTS (SELECT FROM gap)
+WHERE NOT EXISTS (SELECT 1 FROM gap)
 """
 # Of each key its last movement of the month that ends, or what the snapshot before has of it.
 TAKE_SNAPSHOT = """

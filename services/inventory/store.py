@@ -167,11 +167,12 @@ SELECT stock.sku, stock.location FROM unnest($1::text[]) AS asked (sku)
   JOIN stock ON stock.sku = asked.sku JOIN location ON location.location = stock.location
 WHERE stock.active ORDER BY stock.sku, location.priority, stock.location
 """
-# A row for each key, and the time as of which it is so.
+# The keys that there are, and the time as of which it is so. Outer joins of arrays would take whole tables to the
+# coordinator of a cluster.
 READ_STOCK = f"""
-SELECT key.sku, key.location, {COUNTERS}, statement_timestamp() AS time
+SELECT {STOCK_COLUMNS}, statement_timestamp() AS time
 FROM unnest($1::text[], $2::text[]) AS key (sku, location)
-  LEFT JOIN stock ON stock.sku = key.sku AND stock.location = key.location
+  JOIN stock ON stock.sku = key.sku AND stock.location = key.location
 """
 # The joint view of a SKU over its active locations.
 SUM_STOCK = """
@@ -183,14 +184,12 @@ SELECT stock.sku, sum(on_hand)::bigint AS on_hand, sum(held)::bigint AS held,
 FROM unnest($1::text[]) AS asked (sku) JOIN stock ON stock.sku = asked.sku
 WHERE stock.active GROUP BY stock.sku
 """
-UNKNOWN_SKUS = """
-SELECT asked.sku, sku.active FROM unnest($1::text[]) AS asked (sku) LEFT JOIN sku ON sku.sku = asked.sku
-WHERE sku.active IS NOT TRUE
+KNOWN_SKUS = """
+SELECT sku.sku, sku.active FROM unnest($1::text[]) AS asked (sku) JOIN sku ON sku.sku = asked.sku
 """
-UNKNOWN_LOCATIONS = """
-SELECT asked.location, location.active FROM unnest($1::text[]) AS asked (location)
-  LEFT JOIN location ON location.location = asked.location
-WHERE location.active IS NOT TRUE
+KNOWN_LOCATIONS = """
+SELECT location.location, location.active FROM unnest($1::text[]) AS asked (location)
+  JOIN location ON location.location = asked.location
 """
 # A hold that is known fails the insert, and with it the attempt: the next one finds its first outcome.
 INSERT_HOLDS = """
@@ -545,14 +544,11 @@ async def sources(connection: Connection, skus: Iterable[str]) -> dict[str, list
 
 async def read_stock(connection: Connection, keys: Iterable[Key]) -> dict[Key, tuple[Stock, datetime]]:
     """Each key's stock, of version 0 where there is none, and the time as of which it is so."""
-    rows = await connection.fetch(READ_STOCK, *split(sorted(set(keys))))
-    return {
-        (row["sku"], row["location"]): (
-            Stock(row["sku"], row["location"]) if row["version"] is None else _stock(row),
-            row["time"],
-        )
-        for row in rows
-    }
+    asked = sorted(set(keys))
+    rows = await connection.fetch(READ_STOCK, *split(asked))
+    now = rows[0]["time"] if rows else await connection.fetchval("SELECT clock_timestamp()")
+    found = {(row["sku"], row["location"]): (_stock(row), row["time"]) for row in rows}
+    return {key: found.get(key, (Stock(*key), now)) for key in asked}
 
 
 async def sum_stock(connection: Connection, skus: Iterable[str]) -> dict[str, Record]:
@@ -561,14 +557,18 @@ async def sum_stock(connection: Connection, skus: Iterable[str]) -> dict[str, Re
 
 async def unknown_skus(connection: Connection, skus: Iterable[str]) -> dict[str, bool]:
     """Of `skus`, those that take no new stock or holds: True when archived, False when unknown."""
-    rows = await connection.fetch(UNKNOWN_SKUS, sorted(set(skus)))
-    return {row["sku"]: row["active"] is False for row in rows}
+    return await _unknown(connection, KNOWN_SKUS, skus)
 
 
 async def unknown_locations(connection: Connection, locations: Iterable[str]) -> dict[str, bool]:
     """As `unknown_skus`, of locations."""
-    rows = await connection.fetch(UNKNOWN_LOCATIONS, sorted(set(locations)))
-    return {row["location"]: row["active"] is False for row in rows}
+    return await _unknown(connection, KNOWN_LOCATIONS, locations)
+
+
+async def _unknown(connection: Connection, known: str, codes: Iterable[str]) -> dict[str, bool]:
+    asked = sorted(set(codes))
+    active: dict[str, bool] = dict(map(tuple, await connection.fetch(known, asked)))
+    return {code: code in active for code in asked if not active.get(code)}
 
 
 async def insert_holds(connection: Connection, rows: Sequence[HoldRow], now: datetime) -> None:

@@ -315,11 +315,7 @@ async def _sources(t: Transaction, skus: Texts) -> list[Record]:
 
 @_runs(inventory.READ_STOCK)
 async def _read_stock(t: Transaction, skus: Texts, locations: Texts) -> list[Record]:
-    found = []
-    for sku, location in zip(skus, locations, strict=True):
-        row = t.get("stock", (sku, location)) or dict.fromkeys(COUNTERS)
-        found.append(_stock({**row, "sku": sku, "location": location}, t.stated))
-    return found
+    return [_stock(row, t.stated) for key in zip(skus, locations, strict=True) if (row := t.get("stock", key))]
 
 
 @_runs(inventory.SUM_STOCK)
@@ -335,23 +331,19 @@ async def _sum_stock(t: Transaction, skus: Texts) -> list[Record]:
     return [Record({**sums, "time": t.stated}) for sums in found.values()]
 
 
-@_runs(inventory.UNKNOWN_SKUS)
-async def _unknown_skus(t: Transaction, skus: Texts) -> list[Record]:
-    return _unknown(t, "sku", skus)
+@_runs(inventory.KNOWN_SKUS)
+async def _known_skus(t: Transaction, skus: Texts) -> list[Record]:
+    return _known_codes(t, "sku", skus)
 
 
-@_runs(inventory.UNKNOWN_LOCATIONS)
-async def _unknown_locations(t: Transaction, locations: Texts) -> list[Record]:
-    return _unknown(t, "location", locations)
+@_runs(inventory.KNOWN_LOCATIONS)
+async def _known_locations(t: Transaction, locations: Texts) -> list[Record]:
+    return _known_codes(t, "location", locations)
 
 
-def _unknown(t: Transaction, table: str, names: Texts) -> list[Record]:
+def _known_codes(t: Transaction, table: str, names: Texts) -> list[Record]:
     found = ((name, t.get(table, (name,))) for name in names)
-    return [
-        Record(_row(f"{table} active", name, row and row["active"]))
-        for name, row in found
-        if not (row and row["active"])
-    ]
+    return [Record(_row(f"{table} active", name, row["active"])) for name, row in found if row]
 
 
 @_runs(inventory.INSERT_HOLDS)
