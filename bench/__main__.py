@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import platform
 import statistics
 import sys
@@ -25,7 +26,6 @@ from bench.stage import Holdfasts, Servers
 from deploy.local.certificates import Authority
 from deploy.local.stack import REPOSITORY, Stack, StackError
 from services.analytics import codec
-from shared.migrate import migrate
 
 SKUS = 100_000
 P95_MS_MAX = 200.0
@@ -295,10 +295,7 @@ class Bench:
             self._ratio("stock_at_growth", long / short)
 
     def _analytics_database(self, name: str) -> str:
-        self._stack.databases(name)
-        dsn = self._stack.postgres_dsn(name)
-        asyncio.run(migrate(dsn, "analytics"))
-        return dsn
+        return asyncio.run(self._stack.migrate(name, "analytics"))
 
     def pairs(self) -> None:
         """The keys that compare Holdfast with itself under another circumstance, on databases as young."""
@@ -439,7 +436,7 @@ def main() -> int:
     columns = (TextColumn("  {task.description}"), BarColumn(30), TimeElapsedColumn())
     try:
         with (
-            Stack(root / "stack").start(fresh=True) as stack,
+            Stack(root / "stack", citus_dsn=os.environ.get("CITUS_DSN", "")).start(fresh=True) as stack,
             Progress(*columns, console=console) as progress,
         ):
             bench = Bench(root, QUICK if quick else FULL, stack, progress)

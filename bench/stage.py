@@ -18,7 +18,6 @@ from deploy.local.certificates import Authority
 from deploy.local.stack import REPOSITORY, Stack, StackError, free_port
 from deploy.local.supervisor import SERVICES, Supervisor
 from shared.client import Holdfast
-from shared.migrate import migrate
 
 PODS = 2
 READY_SECONDS_MAX = 30
@@ -79,7 +78,7 @@ class Servers:
 async def _load(dsn: str, skus: int, movements: int) -> None:
     connection = await asyncpg.connect(dsn, command_timeout=600)
     try:
-        if await connection.fetchval("SELECT EXISTS (SELECT FROM sku)"):
+        if await connection.fetchval("SELECT EXISTS (SELECT 1 FROM sku)"):
             return
         await connection.execute(LOAD_LOCATION)
         await connection.execute(LOAD_SKUS, skus)
@@ -95,7 +94,7 @@ async def load_mart(dsn: str, skus: int) -> None:
     """The stock view of a migrated analytics database, as it is before the first event of a run."""
     connection = await asyncpg.connect(dsn)
     try:
-        if not await connection.fetchval("SELECT EXISTS (SELECT FROM stock_view)"):
+        if not await connection.fetchval("SELECT EXISTS (SELECT 1 FROM stock_view)"):
             await connection.execute(LOAD_MART, skus, 1, RECEIPT)
     finally:
         await connection.close()
@@ -128,12 +127,9 @@ def holdfast(
         for service in SERVICES
         if analytics or service.name != "analytics"
     ]
-    dsns = {service.name: stack.postgres_dsn(service.database) for service in services}
-    stack.databases(*(service.database for service in services))
-    asyncio.run(migrate(dsns["inventory"], "inventory"))
+    dsns = {service.name: asyncio.run(stack.migrate(service.database, service.name)) for service in services}
     asyncio.run(_load(dsns["inventory"], skus, movements))
     if analytics:
-        asyncio.run(migrate(dsns["analytics"], "analytics"))
         asyncio.run(load_mart(dsns["analytics"], skus))
     with Supervisor(stack, services=services, role=role, authority=authority).start() as supervisor:
         pods = {service.name: [pod for pod in supervisor.pods if pod.service is service] for service in services}
@@ -155,7 +151,7 @@ def holdfast(
             supervisor.tls_directory,
             {
                 **pids,
-                "database": [stack.pids["PostgreSQL"]],
+                "database": _database(stack),
                 "kafka": [stack.pids["Kafka"]],
                 "redis": [stack.pids["Redis"]],
             },
@@ -180,13 +176,16 @@ def sink() -> Iterator[str]:
 @contextlib.contextmanager
 def usual(stack: Stack, *, skus: int) -> Iterator[Servers]:
     """The usual way, on a database with the tables of both services."""
-    dsn = stack.postgres_dsn("usual")
-    stack.databases("usual")
-    asyncio.run(migrate(dsn, "inventory"))
+    dsn = asyncio.run(stack.migrate("usual", "inventory"))
     asyncio.run(_load(dsn, skus, 0))
     asyncio.run(_reservation_tables(dsn))
     with _servers("bench.usual", {"HOLDFAST_DATABASE_DSN": dsn}) as (pods, pids):
-        yield Servers(pods, {"server": pids, "database": [stack.pids["PostgreSQL"]]})
+        yield Servers(pods, {"server": pids, "database": _database(stack)})
+
+
+def _database(stack: Stack) -> list[int]:
+    """Its process; none of a cluster, which may be anywhere."""
+    return [pid for name, pid in stack.pids.items() if name == "PostgreSQL"]
 
 
 async def _reservation_tables(dsn: str) -> None:

@@ -32,6 +32,22 @@ class DatabaseSettings(BaseSettings):
         return _address(value, POSTGRES, "postgresql://user:password@host:port/database")
 
 
+class DistributionSettings(DatabaseSettings):
+    """How a database is spread over a Citus cluster."""
+
+    citus_shard_count: int = Field(default=32, ge=1, le=64_000, description="Shards of each table, once and for all.")
+    citus_dsn: str = Field(
+        default="",
+        repr=False,
+        description="A database of the same coordinator that knows its workers, for one that knows none yet.",
+    )
+
+    @field_validator("citus_dsn")
+    @classmethod
+    def _check_citus_dsn(cls, value: str) -> str:
+        return _address(value, POSTGRES, "postgresql://user:password@host:port/database") if value else value
+
+
 class KafkaSettings(BaseSettings):
     """How the Kafka brokers are reached."""
 

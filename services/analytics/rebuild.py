@@ -25,6 +25,7 @@ from aiokafka.structs import OffsetAndTimestamp
 from services.analytics import codec, history, store
 from services.analytics.projection import Projection, leave
 from services.analytics.settings import Settings
+from shared import distribution
 from shared.consumer import Batch, Message
 from shared.database import PLANNER, Connection, Database
 from shared.migrate import migrate
@@ -104,6 +105,8 @@ async def rebuild(settings: Settings) -> int:
             await connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
         await connection.execute(f"CREATE SCHEMA {NEW}")
     await migrate(settings.database_dsn, SERVICE, schema=NEW)
+    if shards := await distribution.shards(settings.database_dsn):
+        await distribution.distribute(settings.database_dsn, SERVICE, shards, schema=NEW)
     async with _connected(settings, NEW) as new:
         read = await _fill(settings, new)
         async with new.connection() as connection:

@@ -1,6 +1,7 @@
 """The database of analytics made anew from the topics, beside the live one."""
 
 import asyncio
+import os
 import subprocess
 import sys
 import tempfile
@@ -30,7 +31,7 @@ TABLES = (
 def own() -> Iterator[Supervisor]:
     """Pods on topics of their own, which hold nothing but what this test does."""
     with tempfile.TemporaryDirectory(prefix="holdfast-test-") as root:
-        stack = Stack(Path(root))
+        stack = Stack(Path(root), citus_dsn=os.environ.get("CITUS_DSN", ""))
         with stack.start(), Supervisor(stack).start() as supervisor:
             yield supervisor
         stack.erase()
