@@ -44,9 +44,6 @@ SPREAD = """
 SELECT logicalrelid::text FROM pg_dist_partition
 WHERE logicalrelid = ANY ($1::regclass[]) AND (partmethod = 'h' OR repmodel = 't')
 """
-SHARDS = """
-SELECT coalesce(max(count), 0) FROM (SELECT count(*) FROM pg_dist_shard GROUP BY logicalrelid) AS tables
-"""
 # The foreign keys of some tables; those of partitions follow their parents.
 KEYS = """
 SELECT format('ALTER TABLE %s DROP CONSTRAINT %I', conrelid::regclass, conname) AS drop,
@@ -78,11 +75,11 @@ def plan(service: str) -> Plan:
     return Plan(content["distributed"], content["reference"]["tables"], content["workers"])
 
 
-async def shards(dsn: str) -> int:
-    """Into how many shards the database's tables are spread; 0 where they are not."""
+async def distributed(dsn: str) -> bool:
+    """Whether the database is spread over a cluster."""
     connection = await asyncpg.connect(dsn)
     try:
-        return int(await connection.fetchval(SHARDS)) if await connection.fetchval(EXTENDED) else 0
+        return bool(await connection.fetchval(EXTENDED) and await connection.fetchval(NODES))
     finally:
         await connection.close()
 
@@ -90,19 +87,19 @@ async def shards(dsn: str) -> int:
 async def prepare(dsn: str, cluster_dsn: str = "") -> None:
     """Make the database one of a cluster: the extension, the nodes.
 
-    A database that knows no workers takes those of `cluster_dsn`, another database of the same coordinator; then the
-    database is made on them as well. Raises MissingError, and then has changed nothing.
+    What it does not know of the workers of `cluster_dsn`, another database of the same coordinator, it takes from there;
+    then the database is made on them as well. Raises MissingError, and then has changed nothing.
     """
     connection = await asyncpg.connect(dsn)
+    cluster = await asyncpg.connect(cluster_dsn or dsn)
     try:
         missing = await _missing(connection)
         if missing:
             raise MissingError("\n".join(missing))
-        nodes = await connection.fetch(NODES) if await connection.fetchval(EXTENDED) else []
-        if any(not node["coordinator"] for node in nodes):
-            return
-        cluster = await _nodes(cluster_dsn) if cluster_dsn else []
-        if not any(not node["coordinator"] for node in cluster):
+        # Databases that are added to a node at the same time would both write what they have in common there: the roles.
+        await cluster.execute("SELECT pg_advisory_lock($1)", LOCK)
+        known, told = await _nodes(connection), await _nodes(cluster)
+        if all(node["coordinator"] for node in (*known, *told)):
             raise MissingError(
                 "no worker node is known: on this database run SELECT citus_set_coordinator_host('HOST', PORT) and, for"
                 " each worker, which has a database of the same name with the extension, SELECT citus_add_node('HOST',"
@@ -110,14 +107,17 @@ async def prepare(dsn: str, cluster_dsn: str = "") -> None:
             )
         database = await connection.fetchval("SELECT current_database()")
         await connection.execute(EXTEND)
-        for node in cluster:
+        for node in told:
             place = (node["nodename"], node["nodeport"])
+            if node in known:
+                continue
             if node["coordinator"]:
                 await connection.execute("SELECT citus_set_coordinator_host($1, $2)", *place)
             else:
                 await _make_database(cluster_dsn, *place, database)
                 await connection.execute("SELECT citus_add_node($1, $2)", *place)
     finally:
+        await cluster.close()
         await connection.close()
 
 
@@ -157,12 +157,8 @@ async def _missing(connection: Connection) -> list[str]:
     return missing
 
 
-async def _nodes(dsn: str) -> list[asyncpg.Record]:
-    connection = await asyncpg.connect(dsn)
-    try:
-        return await connection.fetch(NODES) if await connection.fetchval(EXTENDED) else []
-    finally:
-        await connection.close()
+async def _nodes(connection: Connection) -> list[asyncpg.Record]:
+    return await connection.fetch(NODES) if await connection.fetchval(EXTENDED) else []
 
 
 async def _make_database(cluster_dsn: str, host: str, port: int, database: str) -> None:
