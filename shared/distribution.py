@@ -44,6 +44,9 @@ SPREAD = """
 SELECT logicalrelid::text FROM pg_dist_partition
 WHERE logicalrelid = ANY ($1::regclass[]) AND (partmethod = 'h' OR repmodel = 't')
 """
+SHARDS = """
+SELECT coalesce(max(count), 0) FROM (SELECT count(*) FROM pg_dist_shard GROUP BY logicalrelid) AS tables
+"""
 # The foreign keys of some tables; those of partitions follow their parents.
 KEYS = """
 SELECT format('ALTER TABLE %s DROP CONSTRAINT %I', conrelid::regclass, conname) AS drop,
@@ -75,11 +78,11 @@ def plan(service: str) -> Plan:
     return Plan(content["distributed"], content["reference"]["tables"], content["workers"])
 
 
-async def distributed(dsn: str) -> bool:
-    """Whether the database is spread over a cluster."""
+async def shards(dsn: str) -> int:
+    """Into how many shards the database's tables are spread; 0 where they are not."""
     connection = await asyncpg.connect(dsn)
     try:
-        return bool(await connection.fetchval(EXTENDED) and await connection.fetchval(NODES))
+        return int(await connection.fetchval(SHARDS)) if await connection.fetchval(EXTENDED) else 0
     finally:
         await connection.close()
 
@@ -87,7 +90,7 @@ async def distributed(dsn: str) -> bool:
 async def prepare(dsn: str, cluster_dsn: str = "") -> None:
     """Make the database one of a cluster: the extension, the nodes.
 
-    What it does not know of the workers of `cluster_dsn`, another database of the same coordinator, it takes from there;
+    Of the workers that `cluster_dsn`, another database of the same coordinator, knows, it takes up what it lacks;
     then the database is made on them as well. Raises MissingError, and then has changed nothing.
     """
     connection = await asyncpg.connect(dsn)
@@ -96,7 +99,7 @@ async def prepare(dsn: str, cluster_dsn: str = "") -> None:
         missing = await _missing(connection)
         if missing:
             raise MissingError("\n".join(missing))
-        # Databases that are added to a node at the same time would both write what they have in common there: the roles.
+        # Databases that are added to a node at the same time would both write there what they share: the roles.
         await cluster.execute("SELECT pg_advisory_lock($1)", LOCK)
         known, told = await _nodes(connection), await _nodes(cluster)
         if all(node["coordinator"] for node in (*known, *told)):

@@ -52,6 +52,7 @@ KAFKA_POM = Path(__file__).with_name("kafka") / "pom.xml"
 POSTGRES_USER = "holdfast"
 MAINTENANCE = "postgres"  # a database that every server has
 CITUS_SHARDS = 8
+DROPS_MAX = 20
 LOOPBACK = "127.0.0.1"
 UNPRIVILEGED_USER = "nobody"
 KAFKA_CLUSTER_ID = "aG9sZGZhc3QtbG9jYWwtMQ"  # 16 bytes in base64; one node talks to nobody else
@@ -316,14 +317,14 @@ class Stack:
         """Drop a database if it exists, and with it every connection to it."""
         _run(self._drop(lambda present: present == self._prefix + name))
 
-    async def migrate(self, database: str, service: str) -> str:
-        """Make a database if need be, with a service's tables; return its DSN."""
+    async def migrate(self, database: str, service: str, shards: int = CITUS_SHARDS) -> str:
+        """Make a database if need be, with a service's tables, on a cluster in so many shards; return its DSN."""
         self.databases(database)
         dsn = self.postgres_dsn(database)
         await migrate(dsn, service)
         if self.citus_dsn:
             await distribution.prepare(dsn, self.citus_dsn)
-            await distribution.distribute(dsn, service, CITUS_SHARDS)
+            await distribution.distribute(dsn, service, shards)
         return dsn
 
     async def _connect(self, **place: Any) -> Connection:
@@ -760,7 +761,19 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
 async def _drop_databases(connection: Connection, which: Callable[[str], bool]) -> None:
     for row in await connection.fetch("SELECT datname FROM pg_database"):
         if which(row["datname"]):
-            await connection.execute(f"DROP DATABASE IF EXISTS {_quoted(row['datname'])} WITH (FORCE)")
+            await _drop_database(connection, row["datname"])
+
+
+async def _drop_database(connection: Connection, name: str) -> None:
+    """Other nodes of a cluster come back to it until it is dropped there too, so once may not be enough."""
+    for attempt in range(1, DROPS_MAX + 1):
+        try:
+            await connection.execute(f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)")
+        except asyncpg.ObjectInUseError:
+            if attempt == DROPS_MAX:
+                raise
+        else:
+            return
 
 
 def _quoted(name: str) -> str:

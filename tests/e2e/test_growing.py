@@ -28,7 +28,7 @@ MOVED_SECONDS_MAX = 180
 
 pytestmark = [
     pytest.mark.timeout(600),
-    pytest.mark.skipif(not SPARE, reason="CITUS_SPARE names no node (host:port) that is not in CITUS_DSN's cluster yet"),
+    pytest.mark.skipif(not SPARE, reason="CITUS_SPARE names no node (host:port) outside CITUS_DSN's cluster"),
 ]
 MOVING = "SELECT count(*) FROM citus_rebalance_status() WHERE state NOT IN ('finished', 'failed', 'cancelled')"
 PLACED = "SELECT count(*) FROM citus_shards WHERE nodename = $1 AND nodeport = $2"
