@@ -50,7 +50,7 @@ chaos: gen ## Shop while everything fails in turn, then audit: MINUTES=15 SEED=n
 	@$(call with_base,$(BIN)/python -m tests.model.chaos --minutes $(MINUTES) $(if $(SEED),--seed $(SEED)) \
 	  $(if $(BASE),--base .local/base))
 
-endurance: gen ## Minutes at capacity and at three times of it, then see that all is as it was: ENDURANCE_MINUTES=10
+endurance: gen ## Minutes at capacity and with three times the callers, then see that all is as it was: ENDURANCE_MINUTES=10
 	@$(BIN)/python -m tests.model.endurance --minutes $(ENDURANCE_MINUTES)
 
 audit: gen ## Judge the deployment that runs: ledger, reservations, topics, mart

@@ -10,7 +10,6 @@ from holdfast.inventory.v1 import inventory_pb2 as ip
 from holdfast.reservation.v1 import reservation_pb2 as rp
 
 from shared.client import Holdfast
-from shared.errors import refusal_of
 from shared.refusal import Refusal
 from tests.e2e.shop import goods, new, stock
 
@@ -118,12 +117,10 @@ async def test_a_line_of_which_nothing_is_held_says_so(holdfast: Holdfast) -> No
     await holdfast.reserve(name, [(gone, "", 2), (held, "", 3)])
     await holdfast.confirm(name, "sold", [(gone, "", 2)])
     for call in (holdfast.confirm(name, "more", [(gone, "", 1)]), holdfast.cancel(name, "back", [(gone, "", 1)])):
-        with pytest.raises(grpc.aio.AioRpcError) as caught:
+        with pytest.raises(Refusal) as refused:
             await call
-        refusal = refusal_of(caught.value)
-        assert refusal
-        assert refusal.reason == "RESERVATION_NOT_HELD"
-        assert refusal.metadata == {"reservation_id": name, "state": "HELD"}
+        assert refused.value.reason == "RESERVATION_NOT_HELD"
+        assert refused.value.metadata == {"reservation_id": name, "state": "HELD"}
     assert (await holdfast.cancel(name, "rest")).reservation.state == rp.RESERVATION_STATE_CONFIRMED
 
 

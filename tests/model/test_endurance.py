@@ -25,9 +25,9 @@ def phases(over: int = 900, again: int = 100, latency: float = 0.1) -> list[Phas
     ("loads", "last", "what"),
     [
         (phases(), calm(), ""),
-        (phases(over=600), calm(), f"goodput at {OVER} times capacity"),
-        (phases(again=70), calm(), "capacity afterwards"),
-        (phases(latency=0.2), calm(), "median latency"),
+        (phases(over=400), calm(), f"goodput with {OVER} times the callers"),
+        (phases(again=70), calm(), "afterwards"),
+        (phases(latency=0.2), calm(), "afterwards"),
         (phases(), calm(rows=1), "inventory: outbox: 1 rows"),
         (phases(), calm(memory_mb=140), "inventory-0: 140 MB"),
         (phases(), calm(files=60), "inventory-0: 60 files"),

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from services.inventory import domain
@@ -119,6 +119,7 @@ def test_a_plan_never_takes_what_is_not_there(
     st.dictionaries(places, st.tuples(st.integers(1, 12), st.integers(0, 12)), min_size=1),
     st.dictionaries(st.sampled_from("XYZ"), st.integers(0, 12)),
 )
+@example({"X": (10, 2), "": (5, 3)}, {"X": 10})
 def test_least_is_refused_only_when_some_minimum_cannot_be_met(
     asked: dict[str, tuple[int, int]], free: dict[str, int]
 ) -> None:
