@@ -2,8 +2,8 @@
 
 Which table goes where stands in `services/SERVICE/migrations/distribution.toml`. Tables are distributed one by one,
 each whole or not at all, so that it may be stopped and run again at any time; one that is distributed is left alone.
-Where `wal_level` is `logical` a table's rows are moved while others write them, and only the last change of hands
-waits for writers; otherwise writers of the table wait until its rows are moved.
+Where `wal_level` is `logical` (and `output_plugin_libraries`, on servers that have it, names citus) a table's rows are
+moved while others write them, and only the last change of hands keeps writers waiting; otherwise they wait all along.
 
 A table cannot be distributed while a foreign key ties it to one that is not: keys between the tables are kept in
 `migration_foreign_key` meanwhile, and put back at the end.
@@ -35,6 +35,9 @@ AVAILABLE = "SELECT count(*) FROM pg_available_extensions WHERE name = 'citus'"
 LOADED = "SELECT current_setting('citus.shard_count', true) IS NOT NULL"
 PREPARED_MAX = "SELECT current_setting('max_prepared_transactions')::int"
 EXTEND = "CREATE EXTENSION IF NOT EXISTS citus"
+# Views that the extension puts into `public`. They would go with it where a rebuild replaces that schema, and the
+# extension with them.
+OUTSIDE = tuple(f"ALTER VIEW IF EXISTS public.{view} SET SCHEMA citus" for view in ("citus_tables", "citus_schemas"))
 EXTENDED = "SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')"
 NODES = """
 SELECT nodename, nodeport, groupid = 0 AS coordinator FROM pg_dist_node WHERE noderole = 'primary' ORDER BY groupid
@@ -52,6 +55,11 @@ KEYS = """
 SELECT format('ALTER TABLE %s DROP CONSTRAINT %I', conrelid::regclass, conname) AS drop,
        format('ALTER TABLE %s ADD CONSTRAINT %I %s', conrelid::regclass, conname, pg_get_constraintdef(oid)) AS make
 FROM pg_constraint WHERE contype = 'f' AND conparentid = 0 AND conrelid = ANY ($1::regclass[])
+"""
+# Moving rows while others write takes logical decoding by Citus, which some servers let no library do unasked.
+ONLINE = r"""
+SELECT current_setting('wal_level') = 'logical'
+   AND coalesce(current_setting('output_plugin_libraries', true) ~ '\ycitus\y', true)
 """
 KEEP_KEYS = "CREATE TABLE IF NOT EXISTS migration_foreign_key (statement text PRIMARY KEY)"
 KEEP_KEY = "INSERT INTO migration_foreign_key VALUES ($1)"
@@ -134,13 +142,15 @@ async def distribute(dsn: str, service: str, shards: int, schema: str = "public"
         await connection.execute(f"SET citus.shard_count TO {shards}")
         for name, value in COORDINATOR.items():
             await connection.execute(f"SET {name} TO {value}")
+        for statement in OUTSIDE:
+            await connection.execute("SELECT run_command_on_all_nodes($1)", statement)
         await _set(connection, wanted)
         tables = [*wanted.reference, *wanted.distributed]
         spread = {row[0] for row in await connection.fetch(SPREAD, tables)}
         fresh = [table for table in tables if table not in spread]
         if fresh:
             await _drop_keys(connection, tables)
-        online = await connection.fetchval("SELECT current_setting('wal_level') = 'logical'")
+        online = await connection.fetchval(ONLINE)
         for table in fresh:
             await _spread(connection, table, wanted.distributed.get(table), online=online)
         await _restore_keys(connection)
