@@ -63,7 +63,8 @@ UNAVAILABLE = (
     asyncpg.exceptions.InsufficientResourcesError,
     asyncpg.exceptions.CannotConnectNowError,
     asyncpg.exceptions.ReadOnlySQLTransactionError,
-    # A coordinator of Citus has lost a worker while it prepared or committed there.
+    # A coordinator of Citus has lost a worker while it wrote, prepared or committed there.
+    asyncpg.exceptions.PostgresIOError,
     asyncpg.exceptions.InternalServerError,
     # Logging in again failed: a password that was changed before the pod's, or a database that is being replaced.
     asyncpg.exceptions.InvalidAuthorizationSpecificationError,

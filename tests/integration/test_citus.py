@@ -282,8 +282,8 @@ async def test_what_is_prepared_on_one_node_when_the_coordinator_dies_is_undone(
             while not await watching.fetchval(PREPARED):
                 await asyncio.sleep(0.01)
         await nodes["coordinator"].crash()
-    with pytest.raises((OSError, asyncpg.PostgresError)):
-        await commit
+        with pytest.raises((OSError, asyncpg.PostgresError)):
+            await commit
     await watching.close()
     await _settled(inventory_dsn)
     assert await _rows(inventory_dsn, "SELECT sku FROM stock WHERE held > 0 OR version <> 1") == []
