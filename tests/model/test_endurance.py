@@ -12,6 +12,14 @@ def calm(rows: int = 0, **weight: float) -> Calm:
     return Calm({"inventory-0": Weight(**values)}, {"inventory: outbox": rows}, 20)  # type: ignore[arg-type]
 
 
+def test_work_may_pass_on_to_another_pod() -> None:
+    """What a pod holds is compared with the most that one of its service held."""
+    light, heavy = Weight(100, 40, 9, 33), Weight(280, 53, 9, 66)
+    before = Calm({"analytics-0": light, "analytics-1": heavy}, {}, 20)
+    after = Calm({"analytics-0": heavy, "analytics-1": light}, {}, 20)
+    assert Outcome(phases(), [before, after]).problems() == []
+
+
 def phases(over: int = 900, again: int = 100, latency: float = 0.1) -> list[Phase]:
     return [
         Phase("capacity", 1, 50, Counter(OK=100), [0.1]),
