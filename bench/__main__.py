@@ -56,6 +56,7 @@ class Scale:
 
 FULL = Scale(5, 5, 5, 6, 60, 1_000_000, 5_000_000, 50_000, 20)
 QUICK = Scale(1, 2, 1, 3, 5, 200_000, 200_000, 10_000, 4)
+FEW_SHARDS, MANY_SHARDS = 8, 32
 FEW_SKUS, SHORT_LEDGER = 1_000, 10_000
 
 
@@ -382,6 +383,28 @@ class Bench:
     def _kafka_bytes(self) -> int:
         return costs.kafka_bytes(self._root / "stack")
 
+    def distributed(self) -> None:
+        """On a cluster of database nodes over one PostgreSQL, and in many shards over few. Only with a cluster."""
+        if not self._stack.citus_dsn:
+            return
+        with contextlib.ExitStack() as open_:
+            plain = open_.enter_context(Stack(self._root / "plain").start(fresh=True))
+            one = open_.enter_context(stage.holdfast(plain, "one", skus=SKUS))
+            few = open_.enter_context(stage.holdfast(self._stack, "few_shards", skus=SKUS, shards=FEW_SHARDS))
+            many = open_.enter_context(stage.holdfast(self._stack, "many_shards", skus=SKUS, shards=MANY_SHARDS))
+            for pods in (one, few, many):
+                self._reserve("warming up", pods, seconds=2)
+            self.results.runs.pop("warming up")
+            more = []
+            for _ in range(self._scale.pairs):
+                single = self._reserve("Reserve, one database node", one)
+                cluster = self._reserve(f"Reserve, distributed, {FEW_SHARDS} shards", few)
+                spread = self._reserve(f"Reserve, distributed, {MANY_SHARDS} shards", many)
+                self._ratio("citus_vs_postgres", cluster.rate / single.rate)
+                self._ratio("shards_growth", _cost(spread) / _cost(cluster))
+                more.append(cluster.cpu["database"] / single.cpu["database"])
+        self.results.notes["costs"]["distributed_over_one"] = round(statistics.median(more), 2)
+
     def everything(self) -> None:
         began = time.monotonic()
         with contextlib.ExitStack() as open_:
@@ -405,6 +428,7 @@ class Bench:
         self.costs()
         self.tls_tax()
         self.pairs()
+        self.distributed()
         self.results.notes |= {
             "reservations": made,
             "rounds_made": self._scale.rounds,

@@ -15,9 +15,10 @@ import asyncpg
 
 from bench.load import Pids
 from deploy.local.certificates import Authority
-from deploy.local.stack import REPOSITORY, Stack, StackError, free_port
+from deploy.local.stack import CITUS_SHARDS, REPOSITORY, Stack, StackError, free_port
 from deploy.local.supervisor import SERVICES, Supervisor
 from shared.client import Holdfast
+from shared.migrate import migrate
 
 PODS = 2
 READY_SECONDS_MAX = 30
@@ -50,6 +51,7 @@ INSERT INTO stock_view
 SELECT 'S' || n, 'MAIN', '', '', $2::bigint * $3, 0, 0, 0, 0, $2::bigint * $3, 0, 0, 0, 0, 0, 0, now(), now(), $2
 FROM generate_series(0, $1::int - 1) AS n
 """
+SERVER = "SELECT split_part(pg_read_file('postmaster.pid'), E'\\n', 1)::int"
 LOADED = "VACUUM ANALYZE location, sku, movement, stock, checkpoint"
 
 
@@ -111,6 +113,7 @@ def holdfast(
     role: str = "all",
     analytics: bool = False,
     authority: Authority | None = None,
+    shards: int = CITUS_SHARDS,
 ) -> Iterator[Holdfasts]:
     """Two pods of each service on databases of their own, with stock of `skus` and a history of `movements`.
 
@@ -127,7 +130,7 @@ def holdfast(
         for service in SERVICES
         if analytics or service.name != "analytics"
     ]
-    dsns = {service.name: asyncio.run(stack.migrate(service.database, service.name)) for service in services}
+    dsns = {service.name: asyncio.run(stack.migrate(service.database, service.name, shards)) for service in services}
     asyncio.run(_load(dsns["inventory"], skus, movements))
     if analytics:
         asyncio.run(load_mart(dsns["analytics"], skus))
@@ -176,7 +179,9 @@ def sink() -> Iterator[str]:
 @contextlib.contextmanager
 def usual(stack: Stack, *, skus: int) -> Iterator[Servers]:
     """The usual way, on a database with the tables of both services."""
-    dsn = asyncio.run(stack.migrate("usual", "inventory"))
+    dsn = stack.postgres_dsn("usual")  # on one node: what it does, a cluster refuses
+    stack.databases("usual")
+    asyncio.run(migrate(dsn, "inventory"))
     asyncio.run(_load(dsn, skus, 0))
     asyncio.run(_reservation_tables(dsn))
     with _servers("bench.usual", {"HOLDFAST_DATABASE_DSN": dsn}) as (pods, pids):
@@ -184,8 +189,17 @@ def usual(stack: Stack, *, skus: int) -> Iterator[Servers]:
 
 
 def _database(stack: Stack) -> list[int]:
-    """Its process; none of a cluster, which may be anywhere."""
-    return [pid for name, pid in stack.pids.items() if name == "PostgreSQL"]
+    """The processes of PostgreSQL, of a cluster on this machine those of all its nodes."""
+    return asyncio.run(_servers_of(stack.citus_dsn)) if stack.citus_dsn else [stack.pids["PostgreSQL"]]
+
+
+async def _servers_of(dsn: str) -> list[int]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        workers = await connection.fetch("SELECT result FROM run_command_on_workers($1)", SERVER)
+        return [await connection.fetchval(SERVER), *(int(row["result"]) for row in workers)]
+    finally:
+        await connection.close()
 
 
 async def _reservation_tables(dsn: str) -> None:
