@@ -35,7 +35,7 @@ class DatabaseSettings(BaseSettings):
 class DistributionSettings(DatabaseSettings):
     """How a database is spread over a Citus cluster."""
 
-    citus_shard_count: int = Field(default=32, ge=1, le=64_000, description="Shards of each table, once and for all.")
+    citus_shard_count: int = Field(default=8, ge=1, le=64_000, description="Shards of each table, once and for all.")
     citus_dsn: str = Field(
         default="",
         repr=False,
