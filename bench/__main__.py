@@ -20,6 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import analytics, costs, load, stage
+from bench.capacity import STAGE
 from bench.load import Processes, Run, ghz, measure
 from bench.report import Results
 from bench.stage import Holdfasts, Servers
@@ -36,7 +37,6 @@ SETTLE_SECONDS_MAX = 20.0
 SETTLE_LOOK_SECONDS = 0.4
 SETTLED_PERCENT = 25.0
 CHANGES_A_SECOND = 2_500
-STAGE = {"availability": 0.80, "reserve": 0.14, "confirm": 0.05, "cancel": 0.01}
 
 
 @dataclass(frozen=True, slots=True)
@@ -347,7 +347,7 @@ class Bench:
                 watch, wal, events = costs.Watch(pods), asyncio.run(costs.wal_position(dsn)), self._kafka_bytes()
                 run = self._reserve(f"Reserve, {callers} callers", pods, callers=callers)
                 points.append(watch.point(callers, run).figures())
-                _settle()
+            _settle()
             wal_bytes = (asyncio.run(costs.wal_position(dsn)) - wal) / run.calls
             kafka_bytes = (self._kafka_bytes() - events) / run.calls
             calls["availability"] = self._call("GetAvailability", pods.inventory, pods.pids, "availability").cpu

@@ -14,7 +14,7 @@ import math
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,6 @@ RESERVATION_ROWS = (
     "inventory.hold", "reservation.reservation", "reservation.reservation_line", "reservation.allocation",
     "analytics.reservation", "analytics.reservation_state",
 )  # fmt: skip
-GIB = 1 << 30
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,12 +259,12 @@ class Limit:
 
 def limits(costs: Costs, demand: Demand) -> list[Limit]:
     """In order of the rate at which each breaks, for the mix and the skew of a demand."""
-    changes = sum(demand.mix[kind] * MOVES[kind] for kind in KINDS)
+    changes = replace(demand, rate=1).changes
     reserves = demand.mix["reserve"]
     share = demand.hottest()
     lock = costs.lock_seconds.at(BATCH_MAX)
     waits = min(1.0, BATCH_MAX * share)  # of the batches, those that hold the hottest row
-    one = plan(costs, Demand(1000, demand.mix, demand.skus, demand.skew, demand.retention_days))
+    one = plan(costs, replace(demand, rate=1000))
     pods = (one.inventory_pods + one.reservation_pods) / 1000
     found = [
         Limit("antifraud's judge, of which there is one", costs.judge * WORKER_BUSY / max(changes, 1e-9),
@@ -279,7 +278,7 @@ def limits(costs: Costs, demand: Demand) -> list[Limit]:
         Limit("connections of one PostgreSQL", CONNECTIONS_MAX / (pods * CONNECTIONS_A_POD),
               "a pooler (docs/scale.md)"),
         Limit(f"{NODE_CORES} cores of one PostgreSQL",
-              1000 * NODE_CORES / plan(costs, Demand(1000, demand.mix, demand.skus, demand.skew, 1)).database_cores,
+              1000 * NODE_CORES / one.database_cores,
               "a distributed one (docs/scale.md)"),
     ]  # fmt: skip
     return sorted(found, key=lambda limit: limit.rate)

@@ -3,6 +3,7 @@
 No clock, no store, no wire format: `now` and the rows come in as arguments, movements go out.
 """
 
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
@@ -485,7 +486,7 @@ def plan(request: HoldRequest, shelf: Shelf, sources: Mapping[str, Sequence[str]
     and leave it its minimum.
     """
     left: dict[Key, int] = {}
-    spare = {line.sku: _spare(line.sku, request, shelf, sources) for line in request.lines if not line.location}
+    spare = _spare(request, shelf, sources)
     allocated: dict[Key, int] = {}
     short_lines: list[ShortLine] = []
     enough = True
@@ -517,11 +518,16 @@ def plan(request: HoldRequest, shelf: Shelf, sources: Mapping[str, Sequence[str]
     )
 
 
-def _spare(sku: str, request: HoldRequest, shelf: Shelf, sources: Mapping[str, Sequence[str]]) -> int:
-    """Units of a SKU that are to be had beyond what its lines must have at least."""
-    stocks = (shelf.stocks.get((sku, at)) for at in sources.get(sku, ()))
-    least = sum(line.minimum for line in request.lines if line.sku == sku)
-    return sum(stock.available for stock in stocks if stock) - least
+def _spare(request: HoldRequest, shelf: Shelf, sources: Mapping[str, Sequence[str]]) -> dict[str, int]:
+    """Units of each SKU of an open line that are to be had beyond what its lines must have at least."""
+    least: Counter[str] = Counter()
+    for line in request.lines:
+        least[line.sku] += line.minimum
+    found = {}
+    for sku in {line.sku for line in request.lines if not line.location}:
+        stocks = (shelf.stocks.get((sku, at)) for at in sources.get(sku, ()))
+        found[sku] = sum(stock.available for stock in stocks if stock) - least[sku]
+    return found
 
 
 def take(change: HoldChange, rows: Sequence[HoldRow], now: datetime) -> list[tuple[HoldRow, int]]:

@@ -742,12 +742,11 @@ async def unsent_movements(
     Raises Refusal(DATABASE_UNAVAILABLE) while a movement of them is not there: a cluster's coordinator shows what was
     committed a moment before the nodes that it is on do, or as long as such a node is away.
     """
-    waiting = await connection.fetch(UNSENT, groups_max)
-    places = [
-        (*part, group["recorded_at"])
-        for group in waiting
-        for part in zip(group["skus"], group["locations"], group["versions"], strict=True)
+    waiting = [
+        (row, sorted(zip(row["skus"], row["locations"], row["versions"], strict=True)))
+        for row in await connection.fetch(UNSENT, groups_max)
     ]
+    places = [(*part, row["recorded_at"]) for row, parts in waiting for part in parts]
     if not places:
         return []
     for _ in range(LOOKS_MAX):
@@ -759,11 +758,7 @@ async def unsent_movements(
         raise unavailable()
     found = {(row["sku"], row["location"], row["version"]): _movement(row) for row in rows}
     return [
-        (
-            (group["id"], group["event_id"], group["traceparent"]),
-            [found[at] for at in sorted(zip(group["skus"], group["locations"], group["versions"], strict=True))],
-        )
-        for group in waiting
+        ((row["id"], row["event_id"], row["traceparent"]), [found[part] for part in parts]) for row, parts in waiting
     ]
 
 

@@ -2,22 +2,19 @@
 
 import asyncio
 import os
-import random
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import asyncpg
 import pytest
-from grpc import aio
-from holdfast.inventory.v1 import inventory_pb2_grpc
 
 from deploy.local.stack import CITUS_SHARDS, Stack
 from deploy.local.supervisor import SERVICES, Supervisor
 from shared import distribution
 from tests.model import auditor
 from tests.model.auditor import Deployment
-from tests.model.history import Client, History
+from tests.model.history import History
 from tests.model.shoppers import Shoppers, stock_up
 
 CITUS_DSN, SPARE = os.environ.get("CITUS_DSN", ""), os.environ.get("CITUS_SPARE", "")
@@ -91,11 +88,7 @@ async def test_a_node_is_added_while_orders_run(stack: Stack) -> None:
     history = History()
     with Supervisor(stack).start() as pods:
         targets = pods.targets["inventory"], pods.targets["reservation"]
-        async with (
-            Client(history, *targets, give_up=20, dice=random.Random(0)) as client,
-            aio.insecure_channel(targets[0]) as channel,
-        ):
-            await stock_up(client, inventory_pb2_grpc.InventoryServiceStub(channel), SKUS)
+        await stock_up(history, targets, SKUS)
         shoppers = Shoppers(history, SKUS, 1)
         shopping = asyncio.ensure_future(shoppers.shop(*targets, CALLERS))
         try:
@@ -109,8 +102,6 @@ async def test_a_node_is_added_while_orders_run(stack: Stack) -> None:
             with suppress(asyncio.CancelledError):
                 await shopping
         await asyncio.sleep(SETTLE_SECONDS)
-        dsn = stack.postgres_dsn
-        deployment = Deployment(dsn("inventory"), dsn("reservation"), dsn("analytics"), stack.kafka_bootstrap)
-        report = await auditor.audit(deployment, history)
+        report = await auditor.audit(Deployment.of(stack), history)
     assert not report.violations
     assert report.looked_at["movements"] > len(SKUS)

@@ -19,6 +19,7 @@ from deploy.local.supervisor import SERVICES, Service, Supervisor
 from shared.client import Holdfast
 from shared.database import PLANNER
 from tests.e2e.shop import goods, new, stock
+from tests.model.proxy import through
 
 PGBOUNCER = shutil.which("pgbouncer")
 FILES = REPOSITORY / "deploy" / "pgbouncer"
@@ -41,10 +42,6 @@ class Pooled(Supervisor):
         made = super().environment(service)
         made["HOLDFAST_DATABASE_DSN"] = through(made["HOLDFAST_DATABASE_DSN"], self._port)
         return made
-
-
-def through(dsn: str, port: int) -> str:
-    return re.sub(r":\d+/", f":{port}/", dsn)
 
 
 @pytest.fixture(scope="module")

@@ -2,7 +2,7 @@
 
 import asyncio
 from datetime import timedelta
-from urllib.parse import urlsplit, urlunsplit
+from urllib.parse import urlsplit
 
 import asyncpg
 import pytest
@@ -22,6 +22,7 @@ from shared.lock import Lock, run_alone
 from shared.refusal import Refusal
 from tests.e2e.shop import new
 from tests.integration.goods import hold, put
+from tests.model.proxy import through
 
 
 async def test_losing_the_database_is_said_at_once(stack: Stack) -> None:
@@ -41,8 +42,7 @@ async def test_losing_the_database_is_said_at_once(stack: Stack) -> None:
 
     port = free_port()
     proxy = await asyncio.start_server(accept, "127.0.0.1", port)
-    dsn = urlunsplit(real._replace(netloc=f"{real.username}@127.0.0.1:{port}"))
-    database = await Database.connect(dsn, name="test", timeout_seconds=2)
+    database = await Database.connect(through(real.geturl(), port), name="test", timeout_seconds=2)
     assert await database.run(lambda connection: connection.fetchval("SELECT 1")) == 1
     proxy.close()
     for writer in writers:

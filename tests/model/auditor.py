@@ -33,6 +33,7 @@ from holdfast.inventory.v1 import events_pb2 as inventory_events
 from holdfast.reservation.v1 import events_pb2 as reservation_events
 from holdfast.reservation.v1 import reservation_pb2 as rp
 
+from deploy.local.stack import Stack
 from tests.model.history import Call, End, History
 
 MOVEMENTS = "holdfast.inventory.movements.v1"
@@ -149,6 +150,12 @@ class Deployment:
     reservation_dsn: str = ""
     analytics_dsn: str = ""
     kafka_bootstrap: str = ""
+
+    @classmethod
+    def of(cls, stack: Stack) -> "Deployment":
+        """That of pods on a local stack, in the databases that they have unless told otherwise."""
+        dsn = stack.postgres_dsn
+        return cls(dsn("inventory"), dsn("reservation"), dsn("analytics"), stack.kafka_bootstrap)
 
 
 @dataclass

@@ -25,8 +25,6 @@ from typing import Any
 
 import asyncpg
 import psutil
-from grpc import aio
-from holdfast.inventory.v1 import inventory_pb2_grpc
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
@@ -35,8 +33,8 @@ from deploy.local.stack import REPOSITORY, Stack, free_port
 from deploy.local.supervisor import SERVICES, Pod, Service, Supervisor
 from tests.model import auditor, releases
 from tests.model.auditor import Deployment, Report
-from tests.model.history import Client, End, History
-from tests.model.proxy import Proxy
+from tests.model.history import End, History
+from tests.model.proxy import Proxy, through
 from tests.model.shoppers import Shoppers, stock_up
 from tests.model.skewed import Clock
 
@@ -68,8 +66,7 @@ class Wired(Supervisor):
 
     def environment(self, service: Service) -> dict[str, str]:
         made = super().environment(service)
-        direct = self._stack.postgres_dsn(service.database)
-        made["HOLDFAST_DATABASE_DSN"] = direct.replace(f":{_port(direct)}/", f":{self._port}/")
+        made["HOLDFAST_DATABASE_DSN"] = through(made["HOLDFAST_DATABASE_DSN"], self._port)
         return made | {"HOLDFAST_LOG_LEVEL": "warning", "PYTHONPATH": str(self.code)}
 
 
@@ -277,8 +274,8 @@ async def run(
             history = History()
             scene = Scene(stack, pods, proxy, random.Random(seed), releases.after(base, root))
             shoppers = Shoppers(history, SKUS, seed)
-            await _stock_up(history, pods)
             targets = pods.targets["inventory"], pods.targets["reservation"]
+            await stock_up(history, targets, SKUS)
             shopping = [asyncio.ensure_future(shoppers.shop(*targets, CALLERS)) for _ in range(CLIENTS)]
             auditing = asyncio.ensure_future(_audit_under_load(stack, outcome.report))
             say("shopping without faults")
@@ -293,7 +290,7 @@ async def run(
             say("letting everything settle")
             await asyncio.sleep(SETTLE_SECONDS)
             say("auditing")
-            outcome.report.add(await auditor.audit(_deployment(stack), history))
+            outcome.report.add(await auditor.audit(Deployment.of(stack), history))
             outcome.late_seconds = await auditor.lateness(stack.postgres_dsn("inventory"), outcome.away)
             outcome.calls = Counter(str(call.end) for call in history.calls)
             history.save(root / "history.jsonl")
@@ -363,18 +360,6 @@ async def _audit_under_load(stack: Stack, report: Report) -> None:
             found = await auditor.books(stack.postgres_dsn("inventory"))
             report.looked_at["audits under load"] += 1
             report.violations += found.violations
-
-
-async def _stock_up(history: History, pods: Supervisor) -> None:
-    dice = random.Random(0)
-    targets = pods.targets["inventory"], pods.targets["reservation"]
-    async with Client(history, *targets, give_up=20, dice=dice) as client, aio.insecure_channel(targets[0]) as channel:
-        await stock_up(client, inventory_pb2_grpc.InventoryServiceStub(channel), SKUS)
-
-
-def _deployment(stack: Stack) -> Deployment:
-    dsn = stack.postgres_dsn
-    return Deployment(dsn("inventory"), dsn("reservation"), dsn("analytics"), stack.kafka_bootstrap)
 
 
 def _port(dsn: str) -> int:

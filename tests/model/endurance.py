@@ -29,8 +29,6 @@ import aiohttp
 import asyncpg
 import psutil
 import uvloop
-from grpc import aio
-from holdfast.inventory.v1 import inventory_pb2_grpc
 from prometheus_client.parser import text_string_to_metric_families
 from rich.console import Console
 from rich.table import Table
@@ -269,7 +267,7 @@ async def run(root: Path, *, seconds: float, say: Callable[[str], None] = lambda
         ProcessPoolExecutor(GENERATORS, multiprocessing.get_context("spawn")) as pool,
     ):
         targets = pods.targets["inventory"], pods.targets["reservation"]
-        await _stock_up(targets, random.Random(0))
+        await stock_up(History(), targets, SKUS, UNITS)
         generators = Generators(pool, targets)
         weighing = asyncio.ensure_future(_weigh(pods, outcome))
         try:
@@ -293,18 +291,8 @@ async def run(root: Path, *, seconds: float, say: Callable[[str], None] = lambda
         finally:
             weighing.cancel()
         say("auditing")
-        dsn = stack.postgres_dsn
-        at = Deployment(dsn("inventory"), dsn("reservation"), dsn("analytics"), stack.kafka_bootstrap)
-        outcome.report.add(await auditor.audit(at))
+        outcome.report.add(await auditor.audit(Deployment.of(stack)))
     return outcome
-
-
-async def _stock_up(targets: tuple[str, str], dice: random.Random) -> None:
-    async with (
-        Client(History(), *targets, give_up=20, dice=dice) as client,
-        aio.insecure_channel(targets[0]) as channel,
-    ):
-        await stock_up(client, inventory_pb2_grpc.InventoryServiceStub(channel), SKUS, UNITS)
 
 
 async def _weigh(pods: Supervisor, outcome: Outcome) -> None:

@@ -4,8 +4,15 @@ import asyncio
 from collections.abc import Coroutine
 from contextlib import suppress
 from typing import Any
+from urllib.parse import urlsplit
 
 CHUNK_BYTES = 16_384
+
+
+def through(dsn: str, port: int) -> str:
+    """The same database by way of another port of its host."""
+    parts = urlsplit(dsn)
+    return parts._replace(netloc=f"{parts.netloc.rpartition(':')[0]}:{port}").geturl()
 
 
 class Proxy:

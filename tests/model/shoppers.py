@@ -6,7 +6,9 @@ from collections.abc import Sequence
 from itertools import count
 from typing import Any
 
+from grpc import aio
 from holdfast.inventory.v1 import inventory_pb2 as ip
+from holdfast.inventory.v1 import inventory_pb2_grpc
 
 from tests.model.history import Call, Client, End, History, Line
 
@@ -82,12 +84,18 @@ class Shoppers:
             await client.cancel(name, "changed-my-mind")
 
 
-async def stock_up(client: Client, inventory: Any, skus: Sequence[str], units: int = OPENING_UNITS) -> None:
-    """Locations, SKUs, and the units that all begins with."""
-    for priority, at in enumerate(LOCATIONS):
-        location = ip.Location(location=at, name=at.title(), priority=priority)
-        await inventory.CreateLocation(ip.CreateLocationRequest(request_id=f"make-{at}", location=location))
-    for sku in skus:
-        await inventory.CreateSku(ip.CreateSkuRequest(request_id=f"make-{sku}", sku=ip.Sku(sku=sku, name=sku)))
-        for at in LOCATIONS:
-            await client.receive(f"opening-{sku}-{at}", (sku, at, units))
+async def stock_up(history: History, targets: tuple[str, str], skus: Sequence[str], units: int = OPENING_UNITS) -> None:
+    """Locations, SKUs, and the units that all begins with. `targets`: of inventory, and of reservation."""
+    dice = random.Random(0)
+    async with (
+        Client(history, *targets, give_up=GIVE_UP_SECONDS, dice=dice) as client,
+        aio.insecure_channel(targets[0]) as channel,
+    ):
+        inventory: Any = inventory_pb2_grpc.InventoryServiceStub(channel)
+        for priority, at in enumerate(LOCATIONS):
+            location = ip.Location(location=at, name=at.title(), priority=priority)
+            await inventory.CreateLocation(ip.CreateLocationRequest(request_id=f"make-{at}", location=location))
+        for sku in skus:
+            await inventory.CreateSku(ip.CreateSkuRequest(request_id=f"make-{sku}", sku=ip.Sku(sku=sku, name=sku)))
+            for at in LOCATIONS:
+                await client.receive(f"opening-{sku}-{at}", (sku, at, units))
