@@ -33,6 +33,7 @@ async def run(settings: Settings, role: str) -> None:
         name=settings.pod,
         connections_max=settings.database_connections_max,
         timeout_seconds=settings.database_timeout_seconds,
+        idle_seconds_max=settings.database_idle_seconds_max,
     )
     client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
     cache = Cache(
