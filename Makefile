@@ -10,6 +10,9 @@ OPENING_STOCK ?= 300
 MINUTES ?= 15
 ENDURANCE_MINUTES ?= 10
 SEED ?=
+RATE ?= 2100
+SKUS ?= 100000
+SKEW ?= 1
 BREAKING_BASE ?= HEAD
 PROTOS := $(shell find protos -name '*.proto')
 export PYTHONDONTWRITEBYTECODE := 1
@@ -23,7 +26,7 @@ set -e; $(if $(BASE),git worktree remove --force .local/base 2>/dev/null || true
 endef
 
 .DEFAULT_GOAL := help
-.PHONY: help run demo up down test chaos endurance audit planted-bugs upgrade-test k8s-check k8s-test lint format bench bench-quick gen clean
+.PHONY: help run demo up down test chaos endurance audit planted-bugs upgrade-test k8s-check k8s-test lint format bench bench-quick capacity gen clean
 
 help: ## Show this list
 	@printf 'Holdfast keeps stock right under load.\n\n'
@@ -94,6 +97,9 @@ bench: gen $(VENV)/.bench ## Measure every target: tables, .local/bench.json, .l
 
 bench-quick: gen $(VENV)/.bench ## The same keys in under three minutes, less exact
 	@$(BIN)/python -m bench --quick
+
+capacity: gen ## What a rate of requests takes, and what breaks first: RATE=2100 SKUS=100000 SKEW=1
+	@$(BIN)/python -m bench.capacity --rate $(RATE) --skus $(SKUS) --skew $(SKEW)
 
 gen: gen/.made ## Install into .venv and generate code from the contracts
 

@@ -4,6 +4,7 @@ import argparse
 import asyncio
 import contextlib
 import json
+import os
 import platform
 import statistics
 import sys
@@ -18,14 +19,13 @@ import psutil
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
-from bench import analytics, load, stage
+from bench import analytics, costs, load, stage
 from bench.load import Processes, Run, ghz, measure
 from bench.report import Results
 from bench.stage import Holdfasts, Servers
 from deploy.local.certificates import Authority
 from deploy.local.stack import REPOSITORY, Stack, StackError
 from services.analytics import codec
-from shared.migrate import migrate
 
 SKUS = 100_000
 P95_MS_MAX = 200.0
@@ -35,6 +35,7 @@ DEADLINE_SECONDS = 1.0
 SETTLE_SECONDS_MAX = 20.0
 SETTLE_LOOK_SECONDS = 0.4
 SETTLED_PERCENT = 25.0
+CHANGES_A_SECOND = 2_500
 STAGE = {"availability": 0.80, "reserve": 0.14, "confirm": 0.05, "cancel": 0.01}
 
 
@@ -55,6 +56,7 @@ class Scale:
 
 FULL = Scale(5, 5, 5, 6, 60, 1_000_000, 5_000_000, 50_000, 20)
 QUICK = Scale(1, 2, 1, 3, 5, 200_000, 200_000, 10_000, 4)
+FEW_SHARDS, MANY_SHARDS = 8, 32
 FEW_SKUS, SHORT_LEDGER = 1_000, 10_000
 
 
@@ -83,11 +85,12 @@ class Bench:
     def _call(
         self, name: str, pods: Sequence[str], pids: load.Pids, config: str = "reserve", *,
         seconds: float = 0, rate: float = 0, deadline_seconds: float = load.CALL_SECONDS_MAX, tls_directory: str = "",
+        callers: int = 64,
     ) -> Run:  # fmt: skip
         def start() -> Processes:
             return ghz(
                 self._ghz, config, pods, seconds=seconds or self._scale.seconds, rate=rate,
-                deadline_seconds=deadline_seconds, tls_directory=tls_directory,
+                deadline_seconds=deadline_seconds, tls_directory=tls_directory, callers=callers,
             )  # fmt: skip
 
         return self._run(name, start, pids)
@@ -168,15 +171,10 @@ class Bench:
 
     def _sustained(self, pods: Holdfasts, rate: float, seconds: float) -> bool:
         """Whether each kind of call keeps its rate, p95 < 200 ms and errors < 1 %."""
-        files = {}
-        for kind in ("confirm", "cancel"):
-            ids = [uuid.uuid4().hex for _ in range(int(rate * STAGE[kind] * seconds / stage.PODS) + 20)]
-            for pod in range(stage.PODS):
-                mine = [f"{name}-{pod}" for name in ids]
-                asyncio.run(stage.reserved(pods, mine, SKUS))
-                files[kind, pod] = self._root / f"{kind}-{pod}.json"
-                content = [{"reservation_id": name, "request_id": "stage"} for name in mine]
-                files[kind, pod].write_text(json.dumps(content))
+        files = {
+            kind: self._to_change(kind, pods, int(rate * STAGE[kind] * seconds / stage.PODS) + 20)
+            for kind in ("confirm", "cancel")
+        }
 
         def start(kind: str) -> Processes:
             addresses = pods.inventory if kind == "availability" else pods.reservation
@@ -185,7 +183,7 @@ class Bench:
                 for pod, address in enumerate(addresses)
                 for process in ghz(
                     self._ghz, kind, [address], seconds=seconds, callers=32,
-                    rate=rate * STAGE[kind] / len(addresses), data=files.get((kind, pod)),
+                    rate=rate * STAGE[kind] / len(addresses), data=files[kind][pod] if kind in files else None,
                 )
             ]  # fmt: skip
 
@@ -198,6 +196,16 @@ class Bench:
             and run.failed < calls * ERRORS_SHARE_MAX
             and run.calls >= rate * seconds * RATE_SHARE_MIN
         )
+
+    def _to_change(self, kind: str, pods: Holdfasts, count: int) -> list[Path]:
+        """Make reservations to be confirmed or cancelled, `count` for each pod; the calls that do it, a file a pod."""
+        files = []
+        for pod in range(stage.PODS):
+            ids = [uuid.uuid4().hex for _ in range(count)]
+            asyncio.run(stage.reserved(pods, ids, SKUS))
+            files.append(self._root / f"{kind}-{pod}.json")
+            files[-1].write_text(json.dumps([{"reservation_id": name, "request_id": "change"} for name in ids]))
+        return files
 
     def events_tax(self, pods: Holdfasts) -> None:
         """With relays, workers and analytics, over without."""
@@ -288,10 +296,7 @@ class Bench:
             self._ratio("stock_at_growth", long / short)
 
     def _analytics_database(self, name: str) -> str:
-        self._stack.databases(name)
-        dsn = self._stack.postgres_dsn(name)
-        asyncio.run(migrate(dsn, "analytics"))
-        return dsn
+        return asyncio.run(self._stack.migrate(name, "analytics"))
 
     def pairs(self) -> None:
         """The keys that compare Holdfast with itself under another circumstance, on databases as young."""
@@ -321,6 +326,85 @@ class Bench:
                 old = self._reserve(f"Reserve, {self._scale.long_ledger:,} movements", long, "reserve-1k")
                 self._ratio("ledger_growth", _cost(old) / _cost(young))
 
+    def weights(self, pods: Holdfasts) -> None:
+        """What rows, keys and pods weigh after all that was done to them."""
+        self.results.notes["costs"] = {
+            "cores": psutil.cpu_count(),
+            "pods": stage.PODS,
+            "bytes_a_row": asyncio.run(costs.bytes_a_row(pods.databases)),
+            "pod_bytes": costs.pod_bytes(pods),
+        }
+
+    def costs(self) -> None:
+        """CPU by kind of call and size of batch, and what the relays can."""
+        calls, points = {}, []
+        with stage.holdfast(self._stack, "costs", skus=SKUS) as pods:
+            self._reserve("warming up", pods, seconds=2)
+            self.results.runs.pop("warming up")
+            dsn = pods.databases["inventory"]  # and in the same PostgreSQL the others
+            for callers in costs.CALLERS:
+                _settle()
+                watch, wal, events = costs.Watch(pods), asyncio.run(costs.wal_position(dsn)), self._kafka_bytes()
+                run = self._reserve(f"Reserve, {callers} callers", pods, callers=callers)
+                points.append(watch.point(callers, run).figures())
+                _settle()
+            wal_bytes = (asyncio.run(costs.wal_position(dsn)) - wal) / run.calls
+            kafka_bytes = (self._kafka_bytes() - events) / run.calls
+            calls["availability"] = self._call("GetAvailability", pods.inventory, pods.pids, "availability").cpu
+            redis_bytes = costs.redis_bytes_a_key(self._stack.redis_url)
+            for kind in ("confirm", "cancel"):
+                calls[kind] = self._alone(kind, pods).cpu
+        self._progress.update(self._task, description="relays")
+        waiting = {service: self._stack.postgres_dsn(f"quiet_{service}") for service in costs.RELAYED}
+        relayed = asyncio.run(costs.relayed_per_second(waiting, self._stack.kafka_bootstrap))
+        self.results.notes["costs"] |= {
+            "reserve": points,
+            "calls": {kind: {side: round(cost, 1) for side, cost in cpu.items()} for kind, cpu in calls.items()},
+            "wal_bytes_a_reserve": round(wal_bytes),
+            "kafka_bytes_a_reserve": round(kafka_bytes),
+            "redis_bytes_a_key": redis_bytes,
+            "relayed_per_s": relayed,
+        }
+
+    def _alone(self, kind: str, pods: Holdfasts) -> Run:
+        """Confirms or cancels by as many callers as Reserve has, each of another reservation."""
+        seconds = self._scale.seconds
+        files = self._to_change(kind, pods, int(CHANGES_A_SECOND * seconds / stage.PODS))
+
+        def start() -> Processes:
+            return [
+                process
+                for pod, file in zip(pods.reservation, files, strict=True)
+                for process in ghz(self._ghz, kind, [pod], seconds=seconds, callers=64 // stage.PODS, data=file)
+            ]
+
+        return self._run(f"{kind.title()} alone", start, pods.pids)
+
+    def _kafka_bytes(self) -> int:
+        return costs.kafka_bytes(self._root / "stack")
+
+    def distributed(self) -> None:
+        """On a cluster of database nodes over one PostgreSQL, and in many shards over few. Only with a cluster."""
+        if not self._stack.citus_dsn:
+            return
+        with contextlib.ExitStack() as open_:
+            plain = open_.enter_context(Stack(self._root / "plain").start(fresh=True))
+            one = open_.enter_context(stage.holdfast(plain, "one", skus=SKUS))
+            few = open_.enter_context(stage.holdfast(self._stack, "few_shards", skus=SKUS, shards=FEW_SHARDS))
+            many = open_.enter_context(stage.holdfast(self._stack, "many_shards", skus=SKUS, shards=MANY_SHARDS))
+            for pods in (one, few, many):
+                self._reserve("warming up", pods, seconds=2)
+            self.results.runs.pop("warming up")
+            more = []
+            for _ in range(self._scale.pairs):
+                single = self._reserve("Reserve, one database node", one)
+                cluster = self._reserve(f"Reserve, distributed, {FEW_SHARDS} shards", few)
+                spread = self._reserve(f"Reserve, distributed, {MANY_SHARDS} shards", many)
+                self._ratio("citus_vs_postgres", cluster.rate / single.rate)
+                self._ratio("shards_growth", _cost(spread) / _cost(cluster))
+                more.append(cluster.cpu["database"] / single.cpu["database"])
+        self.results.notes["costs"]["distributed_over_one"] = round(statistics.median(more), 2)
+
     def everything(self) -> None:
         began = time.monotonic()
         with contextlib.ExitStack() as open_:
@@ -334,14 +418,17 @@ class Bench:
                 self.open_loop(pods, echo, capacity)
             self.stage(pods, ceiling)
             self.overload(pods, capacity)
+            self.weights(pods)
             made = asyncio.run(stage.outcomes(pods, time.monotonic() - began))
             self._progress.update(self._task, description="a backtest of the default rules")
             _settle()
             self.results.notes["backtest_per_s"] = round(asyncio.run(analytics.backtested(pods.databases["analytics"])))
         self.following(capacity)
         self.history()
+        self.costs()
         self.tls_tax()
         self.pairs()
+        self.distributed()
         self.results.notes |= {
             "reservations": made,
             "rounds_made": self._scale.rounds,
@@ -373,7 +460,7 @@ def main() -> int:
     columns = (TextColumn("  {task.description}"), BarColumn(30), TimeElapsedColumn())
     try:
         with (
-            Stack(root / "stack").start(fresh=True) as stack,
+            Stack(root / "stack", citus_dsn=os.environ.get("CITUS_DSN", "")).start(fresh=True) as stack,
             Progress(*columns, console=console) as progress,
         ):
             bench = Bench(root, QUICK if quick else FULL, stack, progress)

@@ -68,7 +68,7 @@ async def load(dsn: str, movements: int) -> None:
     """Half a year of history in a migrated database: a third of the movements are sales, of three lines an order."""
     connection = await asyncpg.connect(dsn, command_timeout=600)
     try:
-        if await connection.fetchval("SELECT EXISTS (SELECT FROM movement)"):
+        if await connection.fetchval("SELECT EXISTS (SELECT 1 FROM movement)"):
             return
         for table in ("movement", "sale", "reservation", "goods_return", "refusal"):
             for ahead in range(MONTHS):

@@ -49,6 +49,8 @@ TARGETS = {
     "tls_tax": Target("Reserve/s with TLS on every side over without", 0.85),
     "skus_1m_vs_1k": Target("CPU a Reserve at many SKUs over few", 1.15, most=True),
     "ledger_growth": Target("CPU a Reserve with a long ledger over a short one", 1.10, most=True),
+    "citus_vs_postgres": Target("Reserve/s on a coordinator and two workers over one PostgreSQL", 0.5),
+    "shards_growth": Target("CPU a Reserve in 32 shards over 8", 1.3, most=True),
     "two_pods_vs_one": Target("CPU a Reserve with two reservation pods over one", 1.15, most=True),
 }
 

@@ -15,7 +15,7 @@ import asyncpg
 
 from bench.load import Pids
 from deploy.local.certificates import Authority
-from deploy.local.stack import REPOSITORY, Stack, StackError, free_port
+from deploy.local.stack import CITUS_SHARDS, REPOSITORY, Stack, StackError, free_port
 from deploy.local.supervisor import SERVICES, Supervisor
 from shared.client import Holdfast
 from shared.migrate import migrate
@@ -51,6 +51,7 @@ INSERT INTO stock_view
 SELECT 'S' || n, 'MAIN', '', '', $2::bigint * $3, 0, 0, 0, 0, $2::bigint * $3, 0, 0, 0, 0, 0, 0, now(), now(), $2
 FROM generate_series(0, $1::int - 1) AS n
 """
+SERVER = "SELECT split_part(pg_read_file('postmaster.pid'), E'\\n', 1)::int"
 LOADED = "VACUUM ANALYZE location, sku, movement, stock, checkpoint"
 
 
@@ -62,6 +63,7 @@ class Holdfasts:
     inventory: list[str]
     targets: dict[str, str]
     databases: dict[str, str]
+    metrics: dict[str, list[str]]  # addresses of /metrics, by service
     tls_directory: str  # the client's certificate; empty without TLS
     pids: Pids
     restart: Callable[..., None]  # restart(services, SETTING="value"): their pods, with these settings from now on
@@ -78,7 +80,7 @@ class Servers:
 async def _load(dsn: str, skus: int, movements: int) -> None:
     connection = await asyncpg.connect(dsn, command_timeout=600)
     try:
-        if await connection.fetchval("SELECT EXISTS (SELECT FROM sku)"):
+        if await connection.fetchval("SELECT EXISTS (SELECT 1 FROM sku)"):
             return
         await connection.execute(LOAD_LOCATION)
         await connection.execute(LOAD_SKUS, skus)
@@ -94,7 +96,7 @@ async def load_mart(dsn: str, skus: int) -> None:
     """The stock view of a migrated analytics database, as it is before the first event of a run."""
     connection = await asyncpg.connect(dsn)
     try:
-        if not await connection.fetchval("SELECT EXISTS (SELECT FROM stock_view)"):
+        if not await connection.fetchval("SELECT EXISTS (SELECT 1 FROM stock_view)"):
             await connection.execute(LOAD_MART, skus, 1, RECEIPT)
     finally:
         await connection.close()
@@ -111,6 +113,7 @@ def holdfast(
     role: str = "all",
     analytics: bool = False,
     authority: Authority | None = None,
+    shards: int = CITUS_SHARDS,
 ) -> Iterator[Holdfasts]:
     """Two pods of each service on databases of their own, with stock of `skus` and a history of `movements`.
 
@@ -127,12 +130,9 @@ def holdfast(
         for service in SERVICES
         if analytics or service.name != "analytics"
     ]
-    dsns = {service.name: stack.postgres_dsn(service.database) for service in services}
-    stack.databases(*(service.database for service in services))
-    asyncio.run(migrate(dsns["inventory"], "inventory"))
+    dsns = {service.name: asyncio.run(stack.migrate(service.database, service.name, shards)) for service in services}
     asyncio.run(_load(dsns["inventory"], skus, movements))
     if analytics:
-        asyncio.run(migrate(dsns["analytics"], "analytics"))
         asyncio.run(load_mart(dsns["analytics"], skus))
     with Supervisor(stack, services=services, role=role, authority=authority).start() as supervisor:
         pods = {service.name: [pod for pod in supervisor.pods if pod.service is service] for service in services}
@@ -150,10 +150,11 @@ def holdfast(
             [pod.address for pod in pods["inventory"]],
             supervisor.targets,
             dsns,
+            {service: [pod.metrics_address for pod in those] for service, those in pods.items()},
             supervisor.tls_directory,
             {
                 **pids,
-                "database": [stack.pids["PostgreSQL"]],
+                "database": _database(stack),
                 "kafka": [stack.pids["Kafka"]],
                 "redis": [stack.pids["Redis"]],
             },
@@ -178,13 +179,27 @@ def sink() -> Iterator[str]:
 @contextlib.contextmanager
 def usual(stack: Stack, *, skus: int) -> Iterator[Servers]:
     """The usual way, on a database with the tables of both services."""
-    dsn = stack.postgres_dsn("usual")
+    dsn = stack.postgres_dsn("usual")  # on one node: what it does, a cluster refuses
     stack.databases("usual")
     asyncio.run(migrate(dsn, "inventory"))
     asyncio.run(_load(dsn, skus, 0))
     asyncio.run(_reservation_tables(dsn))
     with _servers("bench.usual", {"HOLDFAST_DATABASE_DSN": dsn}) as (pods, pids):
-        yield Servers(pods, {"server": pids, "database": [stack.pids["PostgreSQL"]]})
+        yield Servers(pods, {"server": pids, "database": _database(stack)})
+
+
+def _database(stack: Stack) -> list[int]:
+    """The processes of PostgreSQL, of a cluster on this machine those of all its nodes."""
+    return asyncio.run(_servers_of(stack.citus_dsn)) if stack.citus_dsn else [stack.pids["PostgreSQL"]]
+
+
+async def _servers_of(dsn: str) -> list[int]:
+    connection = await asyncpg.connect(dsn)
+    try:
+        workers = await connection.fetch("SELECT result FROM run_command_on_workers($1)", SERVER)
+        return [await connection.fetchval(SERVER), *(int(row["result"]) for row in workers)]
+    finally:
+        await connection.close()
 
 
 async def _reservation_tables(dsn: str) -> None:

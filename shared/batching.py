@@ -19,7 +19,6 @@ from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Generic, TypeVar
 
-from opentelemetry.sdk.trace import Span
 from prometheus_client import Histogram
 
 from shared import metrics, telemetry
@@ -40,7 +39,7 @@ class _Waiting(Generic[Item, Result]):
     since: float
     deadline: float
     done: asyncio.Future[Result]
-    span: Span | None
+    span: telemetry.Span | None
 
 
 @dataclass(slots=True)

@@ -64,6 +64,9 @@ UNAVAILABLE = (
     asyncpg.exceptions.CannotConnectNowError,
     asyncpg.exceptions.ReadOnlySQLTransactionError,
     asyncpg.exceptions.IdleInTransactionSessionTimeoutError,
+    # A coordinator of Citus has lost a worker while it wrote, prepared or committed there.
+    asyncpg.exceptions.PostgresIOError,
+    asyncpg.exceptions.InternalServerError,
     # Logging in again failed: a password that was changed before the pod's, or a database that is being replaced.
     asyncpg.exceptions.InvalidAuthorizationSpecificationError,
     asyncpg.exceptions.InvalidCatalogNameError,
@@ -114,6 +117,7 @@ class Database:
             command_timeout=timeout_seconds,
             timeout=ACQUIRE_SECONDS_MAX,
             server_settings={"application_name": name, "timezone": "UTC", **idle, **planner},
+            init=_plan,
             reset=_nothing,
         )
         return cls(pool, pool_name)
@@ -169,6 +173,14 @@ async def fetch(connection: Connection, statement: Executable) -> list[Record]:
     compiled = statement.compile(dialect=DIALECT, compile_kwargs={"render_postcompile": True})  # type: ignore[attr-defined]
     parameters = [compiled.params[name] for name in compiled.positiontup or ()]
     return list(await connection.fetch(compiled.string, *parameters))
+
+
+# Citus finds the shard of a statement by its parameters, and so plans it with them.
+PLAN = "SELECT set_config('plan_cache_mode', 'auto', false) FROM pg_extension WHERE extname = 'citus'"
+
+
+async def _plan(connection: Connection) -> None:
+    await connection.execute(PLAN)
 
 
 async def _nothing(_connection: Connection) -> None:

@@ -10,14 +10,12 @@ import contextlib
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
 
-import redis.asyncio as redis
 import structlog
-from redis.exceptions import RedisError
 
 from shared import metrics
+from shared.redis_client import AWAY, Client
 
 log = structlog.get_logger(__name__)
-AWAY = (RedisError, OSError, TimeoutError)
 
 # KEYS: lock, counter; ARGV: owner, life in ms. The token, or 0 when someone else has it.
 TAKE = """
@@ -35,7 +33,7 @@ RELEASE = "if redis.call('GET', KEYS[1]) == ARGV[1] then return redis.call('DEL'
 class Lock:
     """One contender for the lock `name`. Redis being away raises what redis-py raises."""
 
-    def __init__(self, client: redis.Redis, name: str, *, ttl_seconds: float) -> None:
+    def __init__(self, client: Client, name: str, *, ttl_seconds: float) -> None:
         self._keys = [f"lock:{{{name}}}", f"lock:{{{name}}}:token"]
         self._owner = uuid.uuid4().hex
         self._ttl_ms = int(ttl_seconds * 1000)
@@ -56,9 +54,7 @@ class Lock:
         await self._release(keys=self._keys[:1], args=[self._owner])
 
 
-async def run_alone(
-    client: redis.Redis, name: str, work: Callable[[int], Awaitable[None]], *, ttl_seconds: float
-) -> None:
+async def run_alone(client: Client, name: str, work: Callable[[int], Awaitable[None]], *, ttl_seconds: float) -> None:
     """Run `work(token)` whenever the lock is ours, for ever; cancel it when the lock is lost.
 
     With Redis away the work runs all the same, with token 0. What `work` raises ends it and is raised.

@@ -1,4 +1,4 @@
-"""`python -m shared.migrate SERVICE [--phase pre|post|all] [--wait]`: bring a service's database up to date.
+"""`python -m shared.migrate SERVICE [--phase pre|post|all] [--wait | --distributed]`: bring a database up to date.
 
 Migrations stand in `services/SERVICE/migrations/pre` (what must be there before the new code runs, and
 does not disturb the old) and `.../post` (what may go once no old code is left). Each phase has its own
@@ -10,6 +10,8 @@ waits behind it meanwhile, and a deadlock may choose it: it is then rolled back,
 `--wait` migrates nothing and ends once the database has what this code needs, which is what a pod does before it
 serves. A database that is ahead, because a newer release has migrated it, has that: pods of the release before may
 start again, and its migrations change nothing.
+
+`--distributed` also spreads the tables over a Citus cluster (`shared.distribution`), or says what it lacks for that.
 """
 
 import argparse
@@ -28,7 +30,8 @@ from alembic.migration import MigrationContext
 from alembic.script import ScriptDirectory
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from shared.settings import DatabaseSettings, load
+from shared import distribution
+from shared.settings import DistributionSettings, load
 
 ROOT = Path(__file__).resolve().parent.parent
 PHASES = ("pre", "post")
@@ -141,16 +144,31 @@ def main() -> None:
     parser.add_argument("service", choices=services)
     parser.add_argument("--phase", choices=(*PHASES, "all"), default="all")
     parser.add_argument("--wait", action="store_true", help="until someone else has migrated it")
+    parser.add_argument("--distributed", action="store_true", help="and spread its tables over a Citus cluster")
     arguments = parser.parse_args()
-    dsn = load(DatabaseSettings).database_dsn
+    if arguments.distributed and arguments.wait:
+        parser.error("--wait changes nothing, so it does not go with --distributed")
+    settings = load(DistributionSettings)
+    dsn = settings.database_dsn
     phases = PHASES if arguments.phase == "all" else [arguments.phase]
-    if not arguments.wait:
-        asyncio.run(migrate(dsn, arguments.service, phases))
-        return
     try:
-        asyncio.run(wait(dsn, arguments.service, phases))
-    except TimeoutError as late:
-        sys.exit(str(late))
+        if arguments.wait:
+            asyncio.run(wait(dsn, arguments.service, phases))
+        elif arguments.distributed:
+            asyncio.run(_distribute(settings, arguments.service, phases))
+        else:
+            asyncio.run(migrate(dsn, arguments.service, phases))
+    except (TimeoutError, distribution.MissingError) as error:
+        sys.exit(str(error))
+
+
+async def _distribute(settings: DistributionSettings, service: str, phases: Sequence[str]) -> None:
+    """Migrate and distribute, once it is known that the latter can be done."""
+    dsn = settings.database_dsn
+    await distribution.prepare(dsn, settings.citus_dsn)
+    await migrate(dsn, service, phases)
+    for table in await distribution.distribute(dsn, service, settings.citus_shard_count):
+        sys.stdout.write(f"{service}: distributed {table}\n")
 
 
 if __name__ == "__main__":

@@ -5,7 +5,6 @@ import time
 from typing import TYPE_CHECKING, Any
 
 import grpc
-from opentelemetry.sdk.trace import Span
 from prometheus_client import Counter
 
 from shared import metrics, telemetry
@@ -61,7 +60,7 @@ class Call:
 
     __slots__ = ("began", "code", "context", "failed", "method", "span")
 
-    def __init__(self, method: Method, context: Context, span: Span | None) -> None:
+    def __init__(self, method: Method, context: Context, span: telemetry.Span | None) -> None:
         self.method = method
         self.context = context
         self.span = span

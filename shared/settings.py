@@ -32,6 +32,22 @@ class DatabaseSettings(BaseSettings):
         return _address(value, POSTGRES, "postgresql://user:password@host:port/database")
 
 
+class DistributionSettings(DatabaseSettings):
+    """How a database is spread over a Citus cluster."""
+
+    citus_shard_count: int = Field(default=8, ge=1, le=64_000, description="Shards of each table, once and for all.")
+    citus_dsn: str = Field(
+        default="",
+        repr=False,
+        description="A database of the same coordinator that knows its workers, for one that knows none yet.",
+    )
+
+    @field_validator("citus_dsn")
+    @classmethod
+    def _check_citus_dsn(cls, value: str) -> str:
+        return _address(value, POSTGRES, "postgresql://user:password@host:port/database") if value else value
+
+
 class KafkaSettings(BaseSettings):
     """How the Kafka brokers are reached."""
 
@@ -80,6 +96,7 @@ class Settings(KafkaSettings, DatabaseSettings):
         repr=False,
         description="Redis: rediss://user:password@host:port/0?ssl_ca_certs=FILE.",
     )
+    redis_cluster: bool = Field(default=False, description="Whether that is a node of a Redis Cluster.")
     tls_directory: str = Field(
         default="", description="Holds tls.crt, tls.key and ca.crt. With it everybody has to show a certificate."
     )

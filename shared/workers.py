@@ -4,7 +4,6 @@ import asyncio
 import math
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequence
 
-import redis.asyncio as redis
 import structlog
 
 from shared import metrics
@@ -12,6 +11,7 @@ from shared.database import Connection, Database
 from shared.kafka import Brokers
 from shared.lock import run_alone
 from shared.outbox import OUTBOX, Relay, Source, producer
+from shared.redis_client import Client
 
 log = structlog.get_logger(__name__)
 RESTART_SECONDS = 1.0
@@ -70,7 +70,7 @@ def _leaves(error: BaseException) -> Iterator[BaseException]:
         yield error
 
 
-async def alone(client: redis.Redis, name: str, work: Work, *, lock_ttl_seconds: float) -> None:
+async def alone(client: Client, name: str, work: Work, *, lock_ttl_seconds: float) -> None:
     """As `restarting`, on one pod at a time where Redis can tell; `name` is the lock's."""
 
     async def once(_token: int) -> None:

@@ -1,5 +1,6 @@
 """Real PostgreSQL, Redis and Kafka for every test that asks for them; started once, stopped at the end."""
 
+import os
 import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -14,14 +15,13 @@ from services.inventory.cache import Cache
 from services.inventory.commands import Commands
 from shared.client import Holdfast
 from shared.database import Database
-from shared.migrate import migrate
 from tests.collector import Collector, collecting
 
 
 @pytest.fixture(scope="session")
 def stack() -> Iterator[Stack]:
     with tempfile.TemporaryDirectory(prefix="holdfast-test-") as root:
-        running = Stack(Path(root))
+        running = Stack(Path(root), citus_dsn=os.environ.get("CITUS_DSN", ""))
         with running.start():
             yield running
         running.erase()
@@ -30,10 +30,7 @@ def stack() -> Iterator[Stack]:
 @pytest.fixture(scope="session")
 async def inventory_dsn(stack: Stack) -> str:
     """A migrated inventory database."""
-    dsn = stack.postgres_dsn("inventory_test")
-    stack.databases("inventory_test")
-    await migrate(dsn, "inventory")
-    return dsn
+    return await stack.migrate("inventory_test", "inventory")
 
 
 @pytest.fixture
@@ -102,10 +99,7 @@ async def holdfast(pods: Supervisor, following: None) -> AsyncIterator[Holdfast]
 @pytest.fixture(scope="session")
 async def reservation_dsn(stack: Stack) -> str:
     """A migrated reservation database."""
-    dsn = stack.postgres_dsn("reservation_test")
-    stack.databases("reservation_test")
-    await migrate(dsn, "reservation")
-    return dsn
+    return await stack.migrate("reservation_test", "reservation")
 
 
 @pytest.fixture
@@ -123,10 +117,7 @@ async def reservation_db(reservation_dsn: str) -> AsyncIterator[Database]:
 @pytest.fixture(scope="session")
 async def analytics_dsn(stack: Stack) -> str:
     """A migrated analytics database."""
-    dsn = stack.postgres_dsn("analytics_test")
-    stack.databases("analytics_test")
-    await migrate(dsn, "analytics")
-    return dsn
+    return await stack.migrate("analytics_test", "analytics")
 
 
 @pytest.fixture

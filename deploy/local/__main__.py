@@ -43,7 +43,7 @@ def running(root: Path, console: Console, *, fresh: bool) -> Iterator[tuple[Stac
     def say(line: str) -> None:
         console.print(f"  {line}", style="dim", highlight=False)
 
-    stack = Stack(root, say=say)
+    stack = Stack(root, say=say, citus_dsn=os.environ.get("CITUS_DSN", ""))
     with stack.start(fresh=fresh), Supervisor(stack, say=say).start() as supervisor:
         threading.Thread(target=supervisor.watch, daemon=True).start()
         yield stack, supervisor

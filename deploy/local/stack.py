@@ -1,5 +1,7 @@
 """PostgreSQL, Redis and Kafka as child processes of this one, on loopback, data under one root directory.
 
+With the address of a Citus coordinator no PostgreSQL is started: databases are made on that cluster, and distributed.
+
     with Stack(Path(".local")).start() as stack:
         stack.databases("inventory")
         asyncpg.connect(stack.postgres_dsn("inventory"))
@@ -30,6 +32,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
+from urllib.parse import urlsplit
 
 import asyncpg
 import psutil
@@ -37,14 +40,19 @@ import redis
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 
-from shared import topics
+from shared import distribution, topics
+from shared.database import Connection
 from shared.kafka import Brokers
+from shared.migrate import migrate
 from shared.topics import Topic
 
 REPOSITORY = Path(__file__).resolve().parents[2]
 KAFKA_POM = Path(__file__).with_name("kafka") / "pom.xml"
 
 POSTGRES_USER = "holdfast"
+MAINTENANCE = "postgres"  # a database that every server has
+CITUS_SHARDS = 8
+DROPS_MAX = 20
 LOOPBACK = "127.0.0.1"
 UNPRIVILEGED_USER = "nobody"
 KAFKA_CLUSTER_ID = "aG9sZGZhc3QtbG9jYWwtMQ"  # 16 bytes in base64; one node talks to nobody else
@@ -173,12 +181,22 @@ class Stack:
 
     `say` receives one line for each thing a person would want to know; it is called from several threads. `host` is the
     address that they bind: whoever reaches it is let in, so another than loopback is for tests, on an address that only
-    this machine and its pods have.
+    this machine and its pods have. `citus_dsn` names a database of the coordinator that knows the workers.
     """
 
-    def __init__(self, root: Path = REPOSITORY / ".local", *, host: str = LOOPBACK, say: Say = lambda _: None) -> None:
+    def __init__(
+        self,
+        root: Path = REPOSITORY / ".local",
+        *,
+        host: str = LOOPBACK,
+        say: Say = lambda _: None,
+        citus_dsn: str = "",
+    ) -> None:
         self.root = root.resolve()
         self.host = host
+        self.citus_dsn = citus_dsn
+        # Roots share a cluster.
+        self._prefix = f"holdfast_{hashlib.sha256(bytes(self.root)).hexdigest()[:8]}_" if citus_dsn else ""
         self.log = self.root / "log"
         self._data = self.root / "data"
         self._say = say
@@ -245,6 +263,9 @@ class Stack:
 
     def postgres_dsn(self, database: str) -> str:
         """A DSN of the superuser, without password: who reaches the address is trusted."""
+        if self.citus_dsn:
+            name = database if database == MAINTENANCE else self._prefix + database
+            return urlsplit(self.citus_dsn)._replace(path=f"/{name}").geturl()
         return f"postgresql://{POSTGRES_USER}@{self.host}:{self._server('PostgreSQL').port}/{database}"
 
     @property
@@ -281,10 +302,10 @@ class Stack:
         """Create the databases that do not exist yet."""
 
         async def create() -> None:
-            connection = await asyncpg.connect(self.postgres_dsn("postgres"))
+            connection = await self._connect()
             try:
                 present = {row["datname"] for row in await connection.fetch("SELECT datname FROM pg_database")}
-                for name in sorted(set(names) - present):
+                for name in sorted({self._prefix + name for name in names} - present):
                     with suppress(asyncpg.DuplicateDatabaseError):
                         await connection.execute(f"CREATE DATABASE {_quoted(name)}")
             finally:
@@ -294,15 +315,39 @@ class Stack:
 
     def drop_database(self, name: str) -> None:
         """Drop a database if it exists, and with it every connection to it."""
+        _run(self._drop(lambda present: present == self._prefix + name))
 
-        async def drop() -> None:
-            connection = await asyncpg.connect(self.postgres_dsn("postgres"))
+    async def migrate(self, database: str, service: str, shards: int = CITUS_SHARDS) -> str:
+        """Make a database if need be, with a service's tables, on a cluster in so many shards; return its DSN."""
+        self.databases(database)
+        dsn = self.postgres_dsn(database)
+        await migrate(dsn, service)
+        if self.citus_dsn:
+            await distribution.prepare(dsn, self.citus_dsn)
+            await distribution.distribute(dsn, service, shards)
+        return dsn
+
+    async def _connect(self, **place: Any) -> Connection:
+        connection: Connection = await asyncpg.connect(self.citus_dsn or self.postgres_dsn(MAINTENANCE), **place)
+        return connection
+
+    async def _drop(self, which: Callable[[str], bool]) -> None:
+        """Drop databases, on every node."""
+        connection = await self._connect()
+        workers = []
+        try:
+            if self.citus_dsn:
+                rows = await connection.fetch(distribution.NODES)
+                workers = [(row["nodename"], row["nodeport"]) for row in rows if not row["coordinator"]]
+            await _drop_databases(connection, which)
+        finally:
+            await connection.close()
+        for host, port in workers:
+            connection = await self._connect(host=host, port=port)
             try:
-                await connection.execute(f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)")
+                await _drop_databases(connection, which)
             finally:
                 await connection.close()
-
-        _run(drop())
 
     def create_topics(self, *wanted: Topic) -> None:
         """Create the topics that do not exist yet, and wait until each can be written; the others stay as they are."""
@@ -340,12 +385,13 @@ class Stack:
         self._abandoned.clear()
         self._leash = Leash()
         with ThreadPoolExecutor(3, "stack") as pool:
-            starts = [pool.submit(start) for start in (self._start_kafka, self._start_postgres, self._start_redis)]
+            servers = [self._start_kafka, self._start_redis] + [self._start_postgres] * (not self.citus_dsn)
+            starts = [pool.submit(start) for start in servers]
             try:
                 done, _ = wait(starts, return_when=FIRST_EXCEPTION)
                 failures = [error for start in done if (error := start.exception())]
             finally:
-                # After a failure, or Ctrl-C, the other two give up at their next look at this flag.
+                # After a failure, or Ctrl-C, the others give up at their next look at this flag.
                 if not all(start.done() and not start.exception() for start in starts):
                     self._abandoned.set()
         if failures:
@@ -550,6 +596,8 @@ class Stack:
     def _wipe(self, reason: str) -> None:
         """Remove all data: the parts refer to each other, so one is never kept without the others."""
         self._say(f"removing the data of earlier runs: {reason}")
+        if self.citus_dsn:
+            _run(self._drop(lambda name: name.startswith(self._prefix)))
         home = self._postgres_home()
         for data in (self._data / "postgres", home / "postgres" if home else None):
             if data and data.exists():
@@ -708,6 +756,24 @@ def _run(work: Coroutine[Any, Any, None]) -> None:
     """Run a coroutine to its end from wherever we are; a thread of its own, as the caller's may have a loop running."""
     with ThreadPoolExecutor(1) as thread:
         thread.submit(asyncio.run, work).result()
+
+
+async def _drop_databases(connection: Connection, which: Callable[[str], bool]) -> None:
+    for row in await connection.fetch("SELECT datname FROM pg_database"):
+        if which(row["datname"]):
+            await _drop_database(connection, row["datname"])
+
+
+async def _drop_database(connection: Connection, name: str) -> None:
+    """Other nodes of a cluster come back to it until it is dropped there too, so once may not be enough."""
+    for attempt in range(1, DROPS_MAX + 1):
+        try:
+            await connection.execute(f"DROP DATABASE IF EXISTS {_quoted(name)} WITH (FORCE)")
+        except asyncpg.ObjectInUseError:
+            if attempt == DROPS_MAX:
+                raise
+        else:
+            return
 
 
 def _quoted(name: str) -> str:

@@ -25,7 +25,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.local.certificates import Authority
-from deploy.local.stack import REPOSITORY, Leash, Say, Stack, StackError, free_port, tail
+from deploy.local.stack import CITUS_SHARDS, REPOSITORY, Leash, Say, Stack, StackError, free_port, tail
 from shared import tls
 from shared.topics import TOPICS
 
@@ -314,6 +314,8 @@ class Supervisor:
         if self._certificates:
             directory, table = self._certificates[service.name], ACCESS_FILE
             secure = {"HOLDFAST_TLS_DIRECTORY": str(directory), "HOLDFAST_ACCESS_FILE": str(table)}
+        if self._stack.citus_dsn:
+            own |= {"HOLDFAST_CITUS_DSN": self._stack.citus_dsn, "HOLDFAST_CITUS_SHARD_COUNT": str(CITUS_SHARDS)}
         return (
             own
             | os.environ
@@ -343,13 +345,14 @@ class Supervisor:
     def migrate(self, service: Service, phase: str = "all", code: Path | None = None) -> None:
         """Run the migrations of a phase: those of a checkout, or of the one that pods run. Raises StackError."""
         code = code or self.code
+        distributed = ["--distributed"] if self._stack.citus_dsn else []
         if self._leash is None:
             raise StackError("the supervisor is not started")
         log = self._log / f"migrate-{service.name}.log"
         log.unlink(missing_ok=True)
         began = time.monotonic()
         process = self._leash.spawn(
-            [_python(code), "-m", "shared.migrate", service.name, "--phase", phase],
+            [_python(code), "-m", "shared.migrate", service.name, "--phase", phase, *distributed],
             log=log,
             cwd=code,
             env=self.environment(service),

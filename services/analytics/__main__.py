@@ -7,7 +7,6 @@ import argparse
 import sys
 from typing import Any
 
-import redis.asyncio as redis
 import uvloop
 from holdfast.analytics.v1 import (
     analytics_pb2,
@@ -28,6 +27,7 @@ from services.analytics.turns import Turns
 from services.analytics.workers import Workers
 from shared import logs, server
 from shared.database import Database
+from shared.redis_client import connect
 from shared.settings import load
 
 APIS = (
@@ -54,7 +54,7 @@ async def run(settings: Settings, role: str) -> None:
         connections_max=settings.database_connections_max,
         timeout_seconds=settings.report_seconds_max,
     )
-    client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
+    client = connect(settings.redis_url, cluster=settings.redis_cluster)
     api = role in {"api", "all"}
     services = APIS if api else ()
     turns = Turns(settings.reports_max, settings.reports_waiting_max)

@@ -38,29 +38,29 @@ SELECT coalesce(min(bucket) FILTER (WHERE passed >= 0.50 * whole), 0) AS p50,
 FROM running
 """
 REACHED = """
-SELECT seen.sku, seen.location, seen.version
+SELECT seen.sku, seen.location
 FROM unnest($1::text[], $2::text[], $3::bigint[]) AS seen (sku, location, version)
-  LEFT JOIN stock_view AS view ON view.sku = seen.sku AND view.location = seen.location
-WHERE coalesce(view.version, 0) < seen.version LIMIT 1
+  JOIN stock_view AS view ON view.sku = seen.sku AND view.location = seen.location
+WHERE view.version >= seen.version
 """
 # The last movement up to the instant, or the snapshot before it, whichever is later: two index lookups for a
 # key, however long its history is.
 STOCK_AT = """
-SELECT view.sku, view.location, at.on_hand, at.held, at.available, at.version
-FROM unnest($1::text[]) AS asked (sku) JOIN stock_view AS view ON view.sku = asked.sku
+SELECT view.sku, view.location, coalesce(last.on_hand, before.on_hand) AS on_hand,
+       coalesce(last.held, before.held) AS held, coalesce(last.available, before.available) AS available,
+       coalesce(last.version, before.version) AS version
+FROM stock_view AS view
   LEFT JOIN LATERAL (
     SELECT * FROM snapshot WHERE snapshot.sku = view.sku AND snapshot.location = view.location AND taken_at <= $2
     ORDER BY taken_at DESC LIMIT 1
   ) AS before ON true
-  CROSS JOIN LATERAL (
-    (SELECT on_hand, held, available, version FROM movement
-     WHERE movement.sku = view.sku AND movement.location = view.location AND recorded_at <= $2
-       AND recorded_at >= coalesce(before.taken_at, '-infinity')
-     ORDER BY recorded_at DESC, version DESC LIMIT 1)
-    UNION ALL
-    SELECT before.on_hand, before.held, before.available, before.version WHERE before.version IS NOT NULL
-    ORDER BY version DESC LIMIT 1
-  ) AS at
+  LEFT JOIN LATERAL (
+    SELECT on_hand, held, available, version FROM movement
+    WHERE movement.sku = view.sku AND movement.location = view.location AND recorded_at <= $2
+      AND recorded_at >= coalesce(before.taken_at, '-infinity')
+    ORDER BY recorded_at DESC, version DESC LIMIT 1
+  ) AS last ON true
+WHERE view.sku = ANY ($1::text[]) AND (last.version IS NOT NULL OR before.version IS NOT NULL)
 ORDER BY view.sku, view.location
 """
 STATES = """
@@ -139,10 +139,11 @@ async def await_versions(database: Database, versions: Mapping[Key, int], second
 
     async def look() -> Refusal | None:
         async with database.connection() as connection:
-            row = await connection.fetchrow(REACHED, *asked)
-        if row is None:
+            reached = set(map(tuple, await connection.fetch(REACHED, *asked)))
+        late = next((key for key in sorted(versions) if key not in reached and versions[key] > 0), None)
+        if late is None:
             return None
-        sku, location, version = row
+        (sku, location), version = late, versions[late]
         return Refusal(
             Reason.NOT_CAUGHT_UP, f"{sku} at {location} has not reached version {version}",
             sku=sku, location=location, version=version,

@@ -5,20 +5,27 @@ as far as the topics had when it last looked, the two change names in one transa
 batches under way. Live pods find their partitions elsewhere (`shared.consumer.Elsewhere`) and read on from where
 the new one has got to: what came during the swap comes again, to it. Stopped half way it leaves the live one
 as it is; the next rebuild begins anew.
+
+A topic may have been given more partitions (`shared.topics`): a key's later events then lie in another partition than
+its earlier ones. Partitions were added while nothing was sent, so a younger one is read once the others have been read
+up to its first event.
 """
 
 import asyncio
+import math
 import sys
 import time
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping
 from contextlib import asynccontextmanager
 
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.structs import OffsetAndTimestamp
 
 from services.analytics import codec, history, store
 from services.analytics.projection import Projection, leave
 from services.analytics.settings import Settings
+from shared import distribution
 from shared.consumer import Batch, Message
 from shared.database import PLANNER, Connection, Database
 from shared.migrate import migrate
@@ -59,6 +66,38 @@ class Bar:
         self._shown = int(share * 10)
 
 
+class Ages:
+    """Which partitions are younger than the others of their topics, and when they may be read."""
+
+    def __init__(self) -> None:
+        self._first: dict[TopicPartition, float] = {}
+        self._read: dict[TopicPartition, float] = {}
+
+    def begin(self, first: Mapping[TopicPartition, OffsetAndTimestamp | None]) -> None:
+        """`first`: the first event of each partition, None where there is none."""
+        self._first = {place: found.timestamp for place, found in first.items() if found}
+        self._read = dict.fromkeys(self._first, -1.0)
+
+    def read(self, place: TopicPartition, timestamp: float) -> None:
+        """A partition has been read up to this time."""
+        self._read[place] = timestamp
+
+    def end(self, places: Iterable[TopicPartition]) -> None:
+        """Of these nothing is left."""
+        self._read |= dict.fromkeys(places, math.inf)
+
+    def waiting(self) -> set[TopicPartition]:
+        """Those that begin later than another of their topic has been read."""
+        return {
+            place
+            for place, first in self._first.items()
+            if any(
+                other.topic == place.topic and self._first[other] < first and self._read[other] < first
+                for other in self._first
+            )
+        }
+
+
 async def rebuild(settings: Settings) -> int:
     """Build, swap, drop what was replaced; return how many events were read."""
     async with _connected(settings, LIVE) as live, live.connection() as connection:
@@ -66,6 +105,8 @@ async def rebuild(settings: Settings) -> int:
             await connection.execute(f"DROP SCHEMA IF EXISTS {schema} CASCADE")
         await connection.execute(f"CREATE SCHEMA {NEW}")
     await migrate(settings.database_dsn, SERVICE, schema=NEW)
+    if shards := await distribution.shards(settings.database_dsn):
+        await distribution.distribute(settings.database_dsn, SERVICE, shards, schema=NEW)
     async with _connected(settings, NEW) as new:
         read = await _fill(settings, new)
         async with new.connection() as connection:
@@ -106,6 +147,7 @@ async def _fill(settings: Settings, database: Database) -> int:
         auto_offset_reset="earliest",
     )
     projection = Projection(database)
+    ages = Ages()
     at: dict[TopicPartition, int] = {}
     read, bar = 0, Bar()
 
@@ -113,6 +155,7 @@ async def _fill(settings: Settings, database: Database) -> int:
         batch = Batch(place, at[place], messages)
         await projection.apply(batch, leave)
         at[place] = batch.end
+        ages.read(place, messages[-1].timestamp)
 
     async def behind(ends: Mapping[TopicPartition, int]) -> int:
         return sum([max(0, end - await consumer.position(place)) for place, end in ends.items()])
@@ -121,6 +164,8 @@ async def _fill(settings: Settings, database: Database) -> int:
     try:
         places = sorted(consumer.assignment())
         at.update(await projection.positions(places))
+        ages.begin(await consumer.offsets_for_times(dict.fromkeys(places, 0)))
+        consumer.pause(*ages.waiting())
         while left := await behind(ends := await consumer.end_offsets(places)):
             whole = read + left
             while await behind(ends):
@@ -129,6 +174,8 @@ async def _fill(settings: Settings, database: Database) -> int:
                     for place, messages in batches.items():
                         group.create_task(apply(place, messages))
                 read += sum(map(len, batches.values()))
+                ages.end(place for place, end in ends.items() if at[place] >= end)
+                consumer.resume(*(consumer.paused() - ages.waiting()))
                 bar.show(read, whole)
             if left <= BEHIND_MAX:
                 break

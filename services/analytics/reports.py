@@ -208,15 +208,18 @@ def sales(request: pb.ReportSalesRequest, asked: Range) -> Report:
     report.keys = {"currency_code": CODE} | {f"{name}_key": CODE for name, _ in groups}
     rolled_up = " + ".join(f"grouping({name})" for name, _ in groups)
     keys = ", ".join(f'coalesce({name}, {LAST}) COLLATE "C" AS {name}_key' for name, _ in groups)
+    # Orders are counted in what is left when each is summed up, as shards sum up their own rows and cannot roll up.
     report.query = f"""
+        WITH sold AS MATERIALIZED (
+          SELECT sale.currency_code, {", ".join(f"{expression} AS {name}" for name, expression in groups)},
+                 sale.reservation_id, sum(sale.units) AS units, sum(sale.value_micros) AS value_micros {source}
+          GROUP BY {", ".join(str(n) for n in range(1, len(groups) + 3))}
+        )
         SELECT *, {keys}
         FROM (
           SELECT currency_code, {grouped}, {rolled_up} AS rolled_up, count(DISTINCT reservation_id) AS orders,
                  sum(units)::bigint AS units, {_total("value_micros")} AS value_micros
-          FROM (
-            SELECT sale.currency_code, {", ".join(f"{expression} AS {name}" for name, expression in groups)},
-                   sale.reservation_id, sale.units, sale.value_micros {source}
-          ) AS sold
+          FROM sold
           GROUP BY currency_code, {by}
           HAVING sum(value_micros) >= {report.bind(request.value_micros_min)}
         ) AS totals

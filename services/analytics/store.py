@@ -190,7 +190,7 @@ MONTHS_TO_SNAPSHOT = """
 SELECT month FROM generate_series(
   (SELECT coalesce(max(taken_at), (SELECT date_trunc('month', min(first_movement_at), 'UTC') FROM stock_view))
    FROM snapshot_taken) + interval '1 month', $1, interval '1 month') AS month
-WHERE NOT EXISTS (SELECT FROM gap)
+WHERE NOT EXISTS (SELECT 1 FROM gap)
 """
 # Of each key its last movement of the month that ends, or what the snapshot before has of it.
 TAKE_SNAPSHOT = """
@@ -217,21 +217,21 @@ SELECT relname, taken_at AS ends FROM pg_inherits JOIN pg_class ON pg_class.oid 
 WHERE inhparent = 'movement'::regclass AND taken_at <= $1 ORDER BY taken_at
 """
 FORGET_SNAPSHOTS = "DELETE FROM snapshot WHERE taken_at < $1"
-# The next keys of the mart beside their last movements, where these are kept: by how many units they differ, and
-# a unit for a version that is another.
+NEXT_KEYS = "SELECT sku, location FROM stock_view WHERE (sku, location) > ($1, $2) ORDER BY sku, location LIMIT $3"
+# Keys of the mart beside their last movements, where these are kept: by how many units they differ, and a unit for a
+# version that is another.
 MART_DRIFT = """
-WITH page AS (
-  SELECT * FROM stock_view WHERE (sku, location) > ($1, $2) ORDER BY sku, location LIMIT $3
-)
-SELECT page.sku, page.location,
-       coalesce(abs(page.on_hand - last.on_hand) + abs(page.held - last.held)
-                + (page.version <> last.version)::int, 0)::bigint AS units
-FROM page LEFT JOIN LATERAL (
-  SELECT on_hand, held, version FROM movement
-  WHERE movement.sku = page.sku AND movement.location = page.location AND recorded_at >= page.last_movement_at
-  ORDER BY recorded_at DESC, movement.version DESC LIMIT 1
-) AS last ON true
-ORDER BY page.sku, page.location
+SELECT view.sku, view.location,
+       coalesce(abs(view.on_hand - last.on_hand) + abs(view.held - last.held)
+                + (view.version <> last.version)::int, 0)::bigint AS units
+FROM unnest($1::text[], $2::text[]) AS key (sku, location)
+  JOIN stock_view AS view ON view.sku = key.sku AND view.location = key.location
+  LEFT JOIN LATERAL (
+    SELECT on_hand, held, version FROM movement
+    WHERE movement.sku = view.sku AND movement.location = view.location AND recorded_at >= view.last_movement_at
+    ORDER BY recorded_at DESC, movement.version DESC LIMIT 1
+  ) AS last ON true
+ORDER BY view.sku, view.location
 """
 RECONCILED = "UPDATE reconciled SET reconciled_at = now(), keys = $1, drift_units = $2"
 
@@ -485,5 +485,6 @@ async def drop_old(connection: Connection, oldest: datetime) -> list[str]:
 
 async def mart_drift(connection: Connection, after: Key, keys_max: int) -> list[tuple[Key, int]]:
     """The next keys of the mart, each with the units by which it differs from the ledger's copy."""
-    rows = await connection.fetch(MART_DRIFT, *after, keys_max)
+    keys = [(row["sku"], row["location"]) for row in await connection.fetch(NEXT_KEYS, *after, keys_max)]
+    rows = await connection.fetch(MART_DRIFT, *columns(keys, 2))
     return [((row["sku"], row["location"]), row["units"]) for row in rows]

@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 
-import redis.asyncio as redis
 import structlog
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
@@ -27,6 +26,7 @@ from shared import metrics, outbox, partitions, watermark, workers
 from shared.consumer import Consumer, Poison
 from shared.database import Connection, Database
 from shared.kafka import Brokers
+from shared.redis_client import Client
 from shared.wire import EPOCH
 
 log = structlog.get_logger(__name__)
@@ -46,9 +46,7 @@ RECONCILE_REST = 9
 class Workers:
     """Tasks that `run` keeps going until it is cancelled."""
 
-    def __init__(
-        self, settings: Settings, database: Database, client: redis.Redis, adapters: Mapping[str, Channel]
-    ) -> None:
+    def __init__(self, settings: Settings, database: Database, client: Client, adapters: Mapping[str, Channel]) -> None:
         self._settings = settings
         self._database = database
         self._redis = client

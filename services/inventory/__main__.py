@@ -9,7 +9,6 @@ import sys
 import uuid
 from typing import Any
 
-import redis.asyncio as redis
 import uvloop
 from holdfast.inventory.v1 import inventory_pb2, inventory_pb2_grpc
 
@@ -21,6 +20,7 @@ from services.inventory.watch import Watch
 from services.inventory.workers import Workers
 from shared import logs, server
 from shared.database import Database
+from shared.redis_client import connect
 from shared.settings import load
 
 NAME = inventory_pb2.DESCRIPTOR.services_by_name["InventoryService"].full_name
@@ -35,7 +35,7 @@ async def run(settings: Settings, role: str) -> None:
         timeout_seconds=settings.database_timeout_seconds,
         idle_seconds_max=settings.database_idle_seconds_max,
     )
-    client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
+    client = connect(settings.redis_url, cluster=settings.redis_cluster)
     cache = Cache(
         database,
         client,
@@ -65,7 +65,7 @@ async def run(settings: Settings, role: str) -> None:
 async def repair(settings: Settings, *, apply: bool) -> int:
     """Reconcile once and print what drifts, with the entries that mend it; 1 while anything drifts."""
     database = await Database.connect(settings.database_dsn, name=f"{settings.pod} repair")
-    client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
+    client = connect(settings.redis_url, cluster=settings.redis_cluster)
     cache = Cache(database, client, local_seconds=0, redis_seconds=settings.cache_redis_seconds, keys_max=1)
     commands = Commands(database, cache)
     try:

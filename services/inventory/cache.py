@@ -16,14 +16,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 
-import redis.asyncio as redis
 import structlog
-from redis.exceptions import RedisError
 
 from services.inventory import store
 from services.inventory.domain import Key, Reason, Stock
-from shared import metrics
+from shared import metrics, redis_client
 from shared.database import Database
+from shared.redis_client import AWAY, Client
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
@@ -66,7 +65,7 @@ class Cache:
     def __init__(
         self,
         database: Database,
-        client: redis.Redis,
+        client: Client,
         *,
         local_seconds: float,
         redis_seconds: float,
@@ -164,8 +163,8 @@ class Cache:
         if time.monotonic() < self._redis_away_until:
             return {}
         try:
-            values = await self._redis.mget([_name(key) for key in keys])
-        except (RedisError, OSError, TimeoutError) as error:
+            values = await redis_client.get(self._redis, [_name(key) for key in keys])
+        except AWAY as error:
             self._away(error)
             return {}
         found = {key: _decode(key, value) for key, value in zip(keys, values, strict=True) if value}
@@ -190,12 +189,10 @@ class Cache:
             batch, self._behind = self._behind, {}
             if time.monotonic() < self._redis_away_until:
                 continue
-            arguments: list[int | str] = [self._redis_ms]
-            for seen in batch.values():
-                arguments += [seen.stock.version, _encode(seen)]
+            told = {_name(key): (seen.stock.version, _encode(seen)) for key, seen in batch.items()}
             try:
-                await self._put(keys=[_name(key) for key in batch], args=arguments)
-            except (RedisError, OSError, TimeoutError) as error:
+                await redis_client.run(self._redis, self._put, [self._redis_ms], told)
+            except AWAY as error:
                 self._away(error)
         self._writer = None
 

@@ -367,6 +367,10 @@ class Drift:
     def units(self) -> int:
         return abs(self.on_hand) + abs(self.held) + abs(self.short) + abs(self.hold)
 
+    @property
+    def drifts(self) -> bool:
+        return bool(self.version or self.units)
+
 
 def repair(stock: Stock, drift: Drift, request_id: str) -> Movement | None:
     """The entry after which counters, ledger and open holds agree; None where versions are missing.

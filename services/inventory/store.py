@@ -4,12 +4,11 @@ A function that takes part in a transaction takes `connection` first. Keys are a
 ascending (sku, location); `shared.database` keeps the planner on that order.
 """
 
+import asyncio
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
-from itertools import groupby
-from operator import itemgetter
 from typing import Any
 from uuid import UUID
 
@@ -28,32 +27,38 @@ from services.inventory.domain import (
     Stock,
 )
 from shared import partitions, telemetry
-from shared.database import Connection, Record, fetch
+from shared.database import Connection, Record, fetch, unavailable
 
+LOOKS_MAX = 20
+LOOK_SECONDS = 0.01
 COUNTERS = "on_hand, stock.held, safety_stock, backorder_limit, short, stock.version, stock.active"
 STOCK_COLUMNS = f"stock.sku, stock.location, {COUNTERS}"
+# The time after what was locked, by the clock of the server that is asked: of a cluster the one that everybody asks.
+# Before it is read the transaction has its number there, so that `shared.watermark` knows of it.
+CLOCK = "CASE WHEN pg_current_xact_id() IS NOT NULL THEN clock_timestamp() END"
 
 # A batch of holds in one statement and one round trip: the guard, the holds, their movements, and where
 # these stand in the ledger for the relay. $1 to $5 are the keys in order, each with its whole demand, the
 # number of its holds, and where these begin in $6 to $13, which are the holds in order of their keys, with
 # a running sum of units for each key. A key that is short does not come back from `taken`: then dividing
-# by zero undoes it all. The time is that at which the last key was locked.
+# by zero undoes it all. The time is read after the last key was locked.
 PLACE = f"""
 WITH taken AS (
   UPDATE stock SET held = stock.held + demand.quantity, version = stock.version + demand.holds,
-                   updated_at = clock_timestamp()
+                   updated_at = statement_timestamp()
   FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::int[])
     AS demand (sku, location, quantity, holds, first)
   WHERE stock.sku = demand.sku AND stock.location = demand.location AND stock.active
     AND on_hand - stock.held - safety_stock + backorder_limit >= demand.quantity
-  RETURNING {STOCK_COLUMNS}, clock_timestamp() AS time, demand.quantity, demand.holds, demand.first
+  RETURNING {STOCK_COLUMNS}, demand.quantity, demand.holds, demand.first
 ), paid AS (
-  SELECT max(time) AS time FROM taken HAVING 1 / (count(*) = cardinality($1))::int = 1
+  SELECT {CLOCK} AS time FROM taken HAVING 1 / (count(*) = cardinality($1))::int = 1
 ), placed AS (
   INSERT INTO hold (sku, hold_id, slot, location, quantity, held, fingerprint, created_at, expires_at)
   SELECT part.sku, hold_id, slot, location, quantity, quantity, fingerprint, paid.time, paid.time + ttl
   FROM unnest($9::text[], $6::text[], $10::smallint[], $11::text[], $7::bigint[], $12::bytea[], $13::interval[])
     AS part (sku, hold_id, slot, location, quantity, fingerprint, ttl) CROSS JOIN paid
+  RETURNING hold_id
 ), moved AS (
   INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
                         short, safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
@@ -80,14 +85,14 @@ SELECT {STOCK_COLUMNS.replace("stock.", "taken.")}, paid.time FROM taken CROSS J
 CHANGE = f"""
 WITH taken AS (
   UPDATE stock SET on_hand = on_hand - gone.sold, held = stock.held - gone.held, version = version + gone.movements,
-                   updated_at = clock_timestamp()
+                   updated_at = statement_timestamp()
   FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::int[])
     AS gone (sku, location, sold, held, movements, first)
   WHERE stock.sku = gone.sku AND stock.location = gone.location AND stock.short = 0
     AND stock.held >= gone.held
-  RETURNING {STOCK_COLUMNS}, clock_timestamp() AS time, gone.sold, gone.held AS gone_held, movements, first
+  RETURNING {STOCK_COLUMNS}, gone.sold, gone.held AS gone_held, movements, first
 ), paid AS (
-  SELECT max(time) AS time FROM taken HAVING 1 / (count(*) = cardinality($1))::int = 1
+  SELECT {CLOCK} AS time FROM taken HAVING 1 / (count(*) = cardinality($1))::int = 1
 ), left_ AS (
   UPDATE hold SET held = hold.held - part.committed - part.released, committed = hold.committed + part.committed,
                   released = hold.released + part.released
@@ -102,6 +107,7 @@ WITH taken AS (
   SELECT sku, hold_id, request_id, kind, fingerprint, allocations::jsonb, expires_at, paid.time
   FROM unnest($21::text[], $22::text[], $23::text[], $24::text[], $25::bytea[], $26::text[], $27::timestamptz[])
     AS change (sku, hold_id, request_id, kind, fingerprint, allocations, expires_at) CROSS JOIN paid
+  RETURNING hold_id
 ), moved AS (
   INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
                         short, safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
@@ -129,10 +135,13 @@ WHERE 1 / ((SELECT count(*) FROM left_) = cardinality($14))::int = 1
 # Locks rows and reads them as they are under the lock. An UPDATE, because a sharded database refuses
 # SELECT ... FOR UPDATE over several shards.
 LOCK = f"""
-UPDATE stock SET held = stock.held
-FROM unnest($1::text[], $2::text[]) AS key (sku, location)
-WHERE stock.sku = key.sku AND stock.location = key.location
-RETURNING {STOCK_COLUMNS}, clock_timestamp() AS time
+WITH locked AS (
+  UPDATE stock SET held = stock.held
+  FROM unnest($1::text[], $2::text[]) AS key (sku, location)
+  WHERE stock.sku = key.sku AND stock.location = key.location
+  RETURNING {STOCK_COLUMNS}
+)
+SELECT *, {CLOCK} AS time FROM locked
 """
 # Writes what was decided under the lock; the version says that it was.
 SAVE = """
@@ -158,11 +167,12 @@ SELECT stock.sku, stock.location FROM unnest($1::text[]) AS asked (sku)
   JOIN stock ON stock.sku = asked.sku JOIN location ON location.location = stock.location
 WHERE stock.active ORDER BY stock.sku, location.priority, stock.location
 """
-# A row for each key, and the time as of which it is so.
+# The keys that there are, and the time as of which it is so. Outer joins of arrays would take whole tables to the
+# coordinator of a cluster.
 READ_STOCK = f"""
-SELECT key.sku, key.location, {COUNTERS}, statement_timestamp() AS time
+SELECT {STOCK_COLUMNS}, statement_timestamp() AS time
 FROM unnest($1::text[], $2::text[]) AS key (sku, location)
-  LEFT JOIN stock ON stock.sku = key.sku AND stock.location = key.location
+  JOIN stock ON stock.sku = key.sku AND stock.location = key.location
 """
 # The joint view of a SKU over its active locations.
 SUM_STOCK = """
@@ -174,14 +184,12 @@ SELECT stock.sku, sum(on_hand)::bigint AS on_hand, sum(held)::bigint AS held,
 FROM unnest($1::text[]) AS asked (sku) JOIN stock ON stock.sku = asked.sku
 WHERE stock.active GROUP BY stock.sku
 """
-UNKNOWN_SKUS = """
-SELECT asked.sku, sku.active FROM unnest($1::text[]) AS asked (sku) LEFT JOIN sku ON sku.sku = asked.sku
-WHERE sku.active IS NOT TRUE
+KNOWN_SKUS = """
+SELECT sku.sku, sku.active FROM unnest($1::text[]) AS asked (sku) JOIN sku ON sku.sku = asked.sku
 """
-UNKNOWN_LOCATIONS = """
-SELECT asked.location, location.active FROM unnest($1::text[]) AS asked (location)
-  LEFT JOIN location ON location.location = asked.location
-WHERE location.active IS NOT TRUE
+KNOWN_LOCATIONS = """
+SELECT location.location, location.active FROM unnest($1::text[]) AS asked (location)
+  JOIN location ON location.location = asked.location
 """
 # A hold that is known fails the insert, and with it the attempt: the next one finds its first outcome.
 INSERT_HOLDS = """
@@ -191,6 +199,7 @@ SELECT sku, hold_id, slot, location, quantity, quantity, fingerprint, expires_at
 FROM unnest($1::text[], $2::text[], $3::smallint[], $4::text[], $5::bigint[], $6::bytea[],
             $7::timestamptz[], $8::text[])
   AS new (sku, hold_id, slot, location, quantity, fingerprint, expires_at, short_lines)
+RETURNING hold_id
 """
 READ_HOLDS = """
 SELECT hold.* FROM unnest($1::text[], $2::text[]) AS asked (sku, hold_id)
@@ -227,10 +236,11 @@ SELECT DISTINCT sku, location FROM (
 ) AS due
 """
 NEXT_EXPIRY = """
-SELECT key.sku, key.location, (
-  SELECT min(expires_at) FROM hold WHERE hold.sku = key.sku AND hold.location = key.location AND held > 0
+SELECT stock.sku, stock.location, (
+  SELECT min(expires_at) FROM hold WHERE hold.sku = stock.sku AND hold.location = stock.location AND hold.held > 0
 ) AS expires_at
 FROM unnest($1::text[], $2::text[]) AS key (sku, location)
+  JOIN stock ON stock.sku = key.sku AND stock.location = key.location
 """
 READ_CHANGES = """
 SELECT hold_change.* FROM unnest($1::text[], $2::text[], $3::text[]) AS asked (sku, hold_id, request_id)
@@ -243,6 +253,7 @@ INSERT INTO hold_change (sku, hold_id, request_id, kind, fingerprint, allocation
 SELECT sku, hold_id, request_id, kind, fingerprint, allocations::jsonb, expires_at, $8
 FROM unnest($1::text[], $2::text[], $3::text[], $4::text[], $5::bytea[], $6::text[], $7::timestamptz[])
   AS new (sku, hold_id, request_id, kind, fingerprint, allocations, expires_at)
+RETURNING hold_id
 """
 READ_REQUESTS = """
 SELECT request.* FROM unnest($1::text[], $2::text[]) AS asked (key, request_id)
@@ -253,6 +264,7 @@ INSERT INTO request (key, request_id, fingerprint, outcome, refusal)
 SELECT key, request_id, fingerprint, outcome, refusal::jsonb
 FROM unnest($1::text[], $2::text[], $3::bytea[], $4::bytea[], $5::text[])
   AS new (key, request_id, fingerprint, outcome, refusal)
+RETURNING key
 """
 # Movements, and where they stand for the relay.
 INSERT_MOVEMENTS = """
@@ -268,17 +280,14 @@ WITH moved AS (
 INSERT INTO movement_outbox (skus, locations, versions, recorded_at, traceparent)
 SELECT array_agg(sku), array_agg(location), array_agg(version), $17::timestamptz, $18 FROM moved
 """
-# The oldest groups of movements to be sent, in order of version for each key. The LIMIT keeps the planner
-# from reading the ledger first, which it would while its statistics are young.
-UNSENT_MOVEMENTS = """
-SELECT waiting.id, waiting.event_id, waiting.traceparent, movement.*
-FROM (SELECT * FROM movement_outbox ORDER BY id LIMIT $1) AS waiting
-  CROSS JOIN LATERAL unnest(skus, locations, versions) AS part (sku, location, version)
-  CROSS JOIN LATERAL (
-    SELECT * FROM movement WHERE movement.sku = part.sku AND movement.location = part.location
-      AND movement.version = part.version AND movement.recorded_at = waiting.recorded_at LIMIT 1
-  ) AS movement
-ORDER BY waiting.id, movement.sku, movement.location, movement.version
+# The oldest groups of movements to be sent.
+UNSENT = "SELECT * FROM movement_outbox ORDER BY id LIMIT $1"
+# Movements where a group says that they stand: the time leads to their partition.
+MOVEMENTS_AT = """
+SELECT movement.* FROM unnest($1::text[], $2::text[], $3::bigint[], $4::timestamptz[])
+    AS part (sku, location, version, recorded_at)
+  JOIN movement ON movement.sku = part.sku AND movement.location = part.location
+    AND movement.version = part.version AND movement.recorded_at = part.recorded_at
 """
 DELETE_SENT_MOVEMENTS = """
 DELETE FROM movement_outbox USING unnest($1::bigint[]) AS sent (id) WHERE movement_outbox.id = sent.id
@@ -290,71 +299,55 @@ FROM unnest($1::text[], $2::text[], $3::bigint[]) AS known (sku, location, versi
   JOIN stock ON stock.sku = known.sku AND stock.location = known.location
 WHERE stock.version <> known.version
 """
-# The next movements of keys, in version order.
+# The next movements of keys, in version order: versions have no gap.
 MOVEMENTS_AFTER = """
 SELECT movement.* FROM unnest($1::text[], $2::text[], $3::bigint[]) AS known (sku, location, version)
+  JOIN movement ON movement.sku = known.sku AND movement.location = known.location
+    AND movement.version > known.version AND movement.version <= known.version + $4
+ORDER BY movement.sku, movement.location, movement.version
+"""
+NEXT_KEYS = "SELECT sku, location FROM stock WHERE (sku, location) > ($1, $2) ORDER BY sku, location LIMIT $3"
+# Counters less what the ledger and the open holds come to, for those of some keys that have moved since their
+# checkpoint, or whose counters are no longer what they were then; a key's rows are in one snapshot. Only movements
+# after the checkpoint are read, so that the cost follows what has happened since and not the length of history.
+COMPARE = """
+SELECT stock.sku, stock.location, stock.version, stock.on_hand, stock.held, stock.short,
+       stock.version - coalesce(checked.version, 0) - ledger.movements AS version_drift,
+       stock.on_hand - coalesce(checked.on_hand, 0) - ledger.on_hand AS on_hand_drift,
+       stock.held - coalesce(checked.held, 0) - ledger.held AS held_drift,
+       stock.short - coalesce(checked.short, 0) - ledger.short AS short_drift,
+       stock.held - open_holds.held AS hold_drift
+FROM unnest($1::text[], $2::text[]) AS key (sku, location)
+  JOIN stock ON stock.sku = key.sku AND stock.location = key.location
+  LEFT JOIN checkpoint AS checked ON checked.sku = stock.sku AND checked.location = stock.location
   CROSS JOIN LATERAL (
-    SELECT * FROM movement WHERE movement.sku = known.sku AND movement.location = known.location
-      AND movement.version > known.version ORDER BY movement.version LIMIT $4
-  ) AS movement
+    SELECT count(*) AS movements, coalesce(sum(on_hand_delta), 0)::bigint AS on_hand,
+           coalesce(sum(held_delta), 0)::bigint AS held, coalesce(sum(short_delta), 0)::bigint AS short
+    FROM movement WHERE movement.sku = stock.sku AND movement.location = stock.location
+      AND movement.version > coalesce(checked.version, 0)
+  ) AS ledger
+  CROSS JOIN LATERAL (
+    SELECT coalesce(sum(hold.held), 0)::bigint AS held FROM hold
+    WHERE hold.sku = stock.sku AND hold.location = stock.location AND hold.held > 0
+  ) AS open_holds
+WHERE (stock.version, stock.on_hand, stock.held, stock.short)
+   <> (coalesce(checked.version, 0), coalesce(checked.on_hand, 0), coalesce(checked.held, 0),
+       coalesce(checked.short, 0))
 """
-# Counters less what the ledger and the open holds come to, for those of the next keys that have moved since
-# their checkpoint, or whose counters are no longer what they were then, in one snapshot. Only movements after
-# the checkpoint are read, so that the cost follows what has happened since and not the length of history. Where
-# all is zero, as it must be, the checkpoint moves on; the other keys come back, and with them the last key looked
-# at and how many there were.
-_BALANCE = """
-WITH page AS (
-  {page}
-), compared AS (
-  SELECT page.sku, page.location, page.version, page.on_hand, page.held, page.short,
-         page.version - coalesce(checked.version, 0) - ledger.movements AS version_drift,
-         page.on_hand - coalesce(checked.on_hand, 0) - ledger.on_hand AS on_hand_drift,
-         page.held - coalesce(checked.held, 0) - ledger.held AS held_drift,
-         page.short - coalesce(checked.short, 0) - ledger.short AS short_drift,
-         page.held - open_holds.held AS hold_drift
-  FROM page
-    LEFT JOIN checkpoint AS checked ON checked.sku = page.sku AND checked.location = page.location
-    CROSS JOIN LATERAL (
-      SELECT count(*) AS movements, coalesce(sum(on_hand_delta), 0)::bigint AS on_hand,
-             coalesce(sum(held_delta), 0)::bigint AS held, coalesce(sum(short_delta), 0)::bigint AS short
-      FROM movement WHERE movement.sku = page.sku AND movement.location = page.location
-        AND movement.version > coalesce(checked.version, 0)
-    ) AS ledger
-    CROSS JOIN LATERAL (
-      SELECT coalesce(sum(hold.held), 0)::bigint AS held FROM hold
-      WHERE hold.sku = page.sku AND hold.location = page.location AND hold.held > 0
-    ) AS open_holds
-  WHERE (page.version, page.on_hand, page.held, page.short)
-     <> (coalesce(checked.version, 0), coalesce(checked.on_hand, 0), coalesce(checked.held, 0),
-         coalesce(checked.short, 0))
-), judged AS (
-  SELECT *, (version_drift, on_hand_drift, held_drift, short_drift, hold_drift) <> (0, 0, 0, 0, 0) AS drifted
-  FROM compared
-), saved AS (
-  INSERT INTO checkpoint (sku, location, version, on_hand, held, short)
-  SELECT sku, location, version, on_hand, held, short FROM judged WHERE NOT drifted
-  ON CONFLICT (sku, location) DO UPDATE
-  SET version = excluded.version, on_hand = excluded.on_hand, held = excluded.held, short = excluded.short,
-      checked_at = now()
-  WHERE checkpoint.version < excluded.version
-), looked AS (
-  SELECT count(*) AS keys, max(sku) AS last_sku,
-         max(location) FILTER (WHERE sku = (SELECT max(sku) FROM page)) AS last_location
-  FROM page
-)
-SELECT looked.*, wrong.* FROM looked LEFT JOIN (SELECT * FROM judged WHERE drifted) AS wrong ON true
+# Where all is zero, as it must be, the checkpoint moves on.
+SAVE_CHECKPOINTS = """
+INSERT INTO checkpoint (sku, location, version, on_hand, held, short)
+SELECT * FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6::bigint[])
+ON CONFLICT (sku, location) DO UPDATE
+SET version = excluded.version, on_hand = excluded.on_hand, held = excluded.held, short = excluded.short,
+    checked_at = excluded.checked_at
+WHERE checkpoint.version < excluded.version
 """
-BALANCE = _BALANCE.format(page="SELECT * FROM stock WHERE (sku, location) > ($1, $2) ORDER BY sku, location LIMIT $3")
-# The same of single keys.
-BALANCE_OF = _BALANCE.format(
-    page="SELECT stock.* FROM unnest($1::text[], $2::text[]) AS key (sku, location) JOIN stock USING (sku, location)"
-)
 # For whoever watches: how many holds are open, as far as it is worth counting, and how long the oldest expired one
 # waits to be given back.
-MEASURE_HOLDS = """
-SELECT (SELECT count(*) FROM (SELECT FROM hold WHERE held > 0 LIMIT 100000) AS counted) AS open,
-       coalesce(extract(epoch FROM clock_timestamp() - min(expires_at)), 0)::float8 AS overdue_seconds
+OPEN_HOLDS = "SELECT count(*) FROM (SELECT 1 FROM hold WHERE held > 0 LIMIT 100000) AS counted"
+OVERDUE_SECONDS = """
+SELECT coalesce(extract(epoch FROM clock_timestamp() - min(expires_at)), 0)::float8
 FROM hold WHERE held > 0 AND expires_at <= now()
 """
 LOCK_SKU = "UPDATE sku SET version = version WHERE sku = $1 RETURNING *"
@@ -369,12 +362,12 @@ INSERT INTO location (location, name, priority) VALUES ($1, $2, $3) ON CONFLICT 
 """
 UPDATE_SKU = """
 UPDATE sku SET name = $2, category = $3, unit = $4, currency_code = $5, price_micros = $6, active = $7,
-               version = version + 1, updated_at = clock_timestamp()
+               version = version + 1, updated_at = statement_timestamp()
 WHERE sku = $1 RETURNING *
 """
 UPDATE_LOCATION = """
 UPDATE location SET name = $2, priority = $3, active = $4, version = version + 1,
-                    updated_at = clock_timestamp()
+                    updated_at = statement_timestamp()
 WHERE location = $1 RETURNING *
 """
 # Archiving closes the stock rows, in the order in which everyone locks them.
@@ -551,14 +544,11 @@ async def sources(connection: Connection, skus: Iterable[str]) -> dict[str, list
 
 async def read_stock(connection: Connection, keys: Iterable[Key]) -> dict[Key, tuple[Stock, datetime]]:
     """Each key's stock, of version 0 where there is none, and the time as of which it is so."""
-    rows = await connection.fetch(READ_STOCK, *split(sorted(set(keys))))
-    return {
-        (row["sku"], row["location"]): (
-            Stock(row["sku"], row["location"]) if row["version"] is None else _stock(row),
-            row["time"],
-        )
-        for row in rows
-    }
+    asked = sorted(set(keys))
+    rows = await connection.fetch(READ_STOCK, *split(asked))
+    now = rows[0]["time"] if rows else await connection.fetchval("SELECT clock_timestamp()")
+    found = {(row["sku"], row["location"]): (_stock(row), row["time"]) for row in rows}
+    return {key: found.get(key, (Stock(*key), now)) for key in asked}
 
 
 async def sum_stock(connection: Connection, skus: Iterable[str]) -> dict[str, Record]:
@@ -567,14 +557,18 @@ async def sum_stock(connection: Connection, skus: Iterable[str]) -> dict[str, Re
 
 async def unknown_skus(connection: Connection, skus: Iterable[str]) -> dict[str, bool]:
     """Of `skus`, those that take no new stock or holds: True when archived, False when unknown."""
-    rows = await connection.fetch(UNKNOWN_SKUS, sorted(set(skus)))
-    return {row["sku"]: row["active"] is False for row in rows}
+    return await _unknown(connection, KNOWN_SKUS, skus)
 
 
 async def unknown_locations(connection: Connection, locations: Iterable[str]) -> dict[str, bool]:
     """As `unknown_skus`, of locations."""
-    rows = await connection.fetch(UNKNOWN_LOCATIONS, sorted(set(locations)))
-    return {row["location"]: row["active"] is False for row in rows}
+    return await _unknown(connection, KNOWN_LOCATIONS, locations)
+
+
+async def _unknown(connection: Connection, known: str, codes: Iterable[str]) -> dict[str, bool]:
+    asked = sorted(set(codes))
+    active: dict[str, bool] = dict(map(tuple, await connection.fetch(known, asked)))
+    return {code: code in active for code in asked if not active.get(code)}
 
 
 async def insert_holds(connection: Connection, rows: Sequence[HoldRow], now: datetime) -> None:
@@ -743,10 +737,34 @@ async def insert_movements(connection: Connection, movements: Sequence[Movement]
 async def unsent_movements(
     connection: Connection, groups_max: int
 ) -> list[tuple[tuple[int, UUID, str], list[tuple[Movement, datetime]]]]:
-    """The oldest groups to be sent: (id, event id, traceparent), and their movements in order of version."""
-    rows = await connection.fetch(UNSENT_MOVEMENTS, groups_max)
-    grouped = groupby(rows, key=itemgetter("id", "event_id", "traceparent"))
-    return [(group, [_movement(row) for row in part]) for group, part in grouped]
+    """The oldest groups to be sent: (id, event id, traceparent), and their movements in order of version.
+
+    Raises Refusal(DATABASE_UNAVAILABLE) while a movement of them is not there: a cluster's coordinator shows what was
+    committed a moment before the nodes that it is on do, or as long as such a node is away.
+    """
+    waiting = await connection.fetch(UNSENT, groups_max)
+    places = [
+        (*part, group["recorded_at"])
+        for group in waiting
+        for part in zip(group["skus"], group["locations"], group["versions"], strict=True)
+    ]
+    if not places:
+        return []
+    for _ in range(LOOKS_MAX):
+        rows = await connection.fetch(MOVEMENTS_AT, *split(places))
+        if len(rows) == len(places):
+            break
+        await asyncio.sleep(LOOK_SECONDS)
+    else:
+        raise unavailable()
+    found = {(row["sku"], row["location"], row["version"]): _movement(row) for row in rows}
+    return [
+        (
+            (group["id"], group["event_id"], group["traceparent"]),
+            [found[at] for at in sorted(zip(group["skus"], group["locations"], group["versions"], strict=True))],
+        )
+        for group in waiting
+    ]
 
 
 def _movement(row: Record) -> tuple[Movement, datetime]:
@@ -792,22 +810,24 @@ async def balance(connection: Connection, after: Key, keys_max: int) -> tuple[in
 
     Returns how many were looked at, the last of them, and a row for each that does not agree.
     """
-    rows = await connection.fetch(BALANCE, *after, keys_max)
-    last = (rows[0]["last_sku"] or "", rows[0]["last_location"] or "")
-    return rows[0]["keys"], last, [drift(row) for row in rows if row["drifted"]]
+    rows = await connection.fetch(NEXT_KEYS, *after, keys_max)
+    keys = [(row["sku"], row["location"]) for row in rows]
+    return len(keys), keys[-1] if keys else after, await balance_of(connection, keys)
 
 
 async def balance_of(connection: Connection, keys: Iterable[Key]) -> list[Drift]:
-    """The drift of keys, which the caller has locked."""
-    rows = await connection.fetch(BALANCE_OF, *split(sorted(keys)))
-    return [drift(row) for row in rows if row["drifted"]]
+    """The same of single keys."""
+    rows = await connection.fetch(COMPARE, *split(sorted(keys)))
+    drifts = [drift(row) for row in rows]
+    agreeing = sorted(tuple(row)[:6] for row, one in zip(rows, drifts, strict=True) if not one.drifts)
+    if agreeing:
+        await connection.execute(SAVE_CHECKPOINTS, *split(agreeing))
+    return [one for one in drifts if one.drifts]
 
 
 async def measure_holds(connection: Connection) -> tuple[int, float]:
     """How many rows of holds are open, and for how many seconds the oldest expired one has waited."""
-    row = await connection.fetchrow(MEASURE_HOLDS)
-    assert row is not None
-    return row["open"], row["overdue_seconds"]
+    return await connection.fetchval(OPEN_HOLDS), await connection.fetchval(OVERDUE_SECONDS)
 
 
 async def make_partitions(connection: Connection, today: datetime, months_ahead: int) -> None:

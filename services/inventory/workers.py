@@ -9,7 +9,6 @@ import asyncio
 import dataclasses
 from datetime import UTC, datetime
 
-import redis.asyncio as redis
 import structlog
 from google.protobuf.message import DecodeError
 from holdfast.inventory.v1 import events_pb2
@@ -22,6 +21,7 @@ from shared import check, metrics, workers
 from shared.consumer import Batch, Bury, Busy, Consumer, Message, Poison
 from shared.database import Connection, Database
 from shared.outbox import OUTBOX, Group, Source
+from shared.redis_client import Client
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
@@ -44,7 +44,7 @@ MOVEMENTS = Source(unsent_movements, store.DELETE_SENT_MOVEMENTS)
 class Workers:
     """Tasks that `run` keeps going until it is cancelled."""
 
-    def __init__(self, settings: Settings, database: Database, commands: Commands, client: redis.Redis) -> None:
+    def __init__(self, settings: Settings, database: Database, commands: Commands, client: Client) -> None:
         self._settings = settings
         self._database = database
         self._commands = commands

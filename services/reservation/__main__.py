@@ -4,7 +4,6 @@ import argparse
 import asyncio
 from typing import Any
 
-import redis.asyncio as redis
 import uvloop
 from holdfast.reservation.v1 import reservation_pb2, reservation_pb2_grpc
 
@@ -19,6 +18,7 @@ from services.reservation.workers import Workers
 from shared import logs, server
 from shared.channel import open_channel
 from shared.database import Database
+from shared.redis_client import connect
 from shared.settings import load
 from shared.workers import restarting
 
@@ -34,7 +34,7 @@ async def run(settings: Settings, role: str) -> None:
         timeout_seconds=settings.database_timeout_seconds,
         idle_seconds_max=settings.database_idle_seconds_max,
     )
-    client = redis.Redis.from_url(settings.redis_url, socket_timeout=0.25, socket_connect_timeout=0.25)
+    client = connect(settings.redis_url, cluster=settings.redis_cluster)
     channel = open_channel(settings.inventory_target, settings.tls_directory)
     subjects = Subjects(parse_keys(settings.subject_keys.get_secret_value()))
     api = role in {"api", "all"}

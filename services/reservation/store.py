@@ -41,6 +41,7 @@ WITH made AS (
               $8::timestamptz[], $9::timestamptz[], $10::text[], $11::text[], $12::text[])
     AS new (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at, created_at, order_time,
             country, device_id, ip_address)
+  RETURNING reservation_id
 ), lines AS (
   INSERT INTO reservation_line (reservation_id, line_no, sku, location, quantity, minimum, currency_code, price_micros)
   SELECT * FROM unnest($13::text[], $14::smallint[], $15::text[], $16::text[], $17::bigint[], $18::bigint[],
@@ -53,19 +54,19 @@ WITH made AS (
   SELECT * FROM unnest($28::text[], $29::text[], $30::text[])
   ON CONFLICT DO NOTHING
 )
-INSERT INTO outbox (topic, type, keys, payloads, traceparent) VALUES ($25, $26, $1, $31, $32)
+INSERT INTO outbox (topic, type, keys, payloads, traceparent) SELECT $25, $26, $1, $31, $32
 """
 KNOWN = """
 SELECT reservation.reservation_id FROM unnest($1::text[]) AS asked (reservation_id)
   JOIN reservation ON reservation.reservation_id = asked.reservation_id
 """
-# Reservations whole: a row each, with their lines and allocations.
+# Reservations whole: a row each, with their lines and allocations, each an array in one of JSON.
 READ = """
 SELECT reservation.*,
-  ARRAY(SELECT (sku, location, quantity, minimum, currency_code, price_micros) FROM reservation_line AS line
-        WHERE line.reservation_id = reservation.reservation_id ORDER BY line_no) AS lines,
-  ARRAY(SELECT (sku, location, held, confirmed, cancelled, expired) FROM allocation
-        WHERE allocation.reservation_id = reservation.reservation_id ORDER BY sku, location) AS allocations
+  (SELECT json_agg(json_build_array(sku, location, quantity, minimum, currency_code, price_micros) ORDER BY line_no)
+   FROM reservation_line AS line WHERE line.reservation_id = reservation.reservation_id) AS lines,
+  (SELECT json_agg(json_build_array(sku, location, held, confirmed, cancelled, expired) ORDER BY sku, location)
+   FROM allocation WHERE allocation.reservation_id = reservation.reservation_id) AS allocations
 FROM unnest($1::text[]) AS asked (reservation_id)
   JOIN reservation ON reservation.reservation_id = asked.reservation_id
 """
@@ -207,7 +208,8 @@ async def read(connection: Connection, ids: Iterable[str]) -> dict[str, Reservat
     return {
         row["reservation_id"]: Reservation(
             row["reservation_id"], row["customer_id"], State(row["state"]), Mode(row["mode"]), row["fingerprint"],
-            tuple(Line(*line) for line in row["lines"]), tuple(Allocation(*part) for part in row["allocations"]),
+            tuple(Line(*line) for line in json.loads(row["lines"] or "[]")),
+            tuple(Allocation(*part) for part in json.loads(row["allocations"] or "[]")),
             _short_lines(row["short_lines"]), row["expires_at"], row["created_at"], row["updated_at"],
             row["order_time"], row["country"], row["version"], row["device_id"], row["ip_address"], row["key_id"],
         )

@@ -5,8 +5,6 @@ Each but the last runs on one pod at a time, by a lock in Redis that saves work 
 
 import asyncio
 
-import redis.asyncio as redis
-
 from services.reservation import codec
 from services.reservation.commands import Commands
 from services.reservation.domain import Reason
@@ -14,6 +12,7 @@ from services.reservation.settings import Settings
 from shared import workers
 from shared.consumer import Batch, Bury, Busy, Consumer, Poison
 from shared.database import Database
+from shared.redis_client import Client
 from shared.refusal import Refusal
 
 GROUP = "holdfast.reservation.verdicts"
@@ -25,7 +24,7 @@ ENDED = {Reason.RESERVATION_NOT_FOUND, Reason.RESERVATION_NOT_HELD, Reason.RESER
 class Workers:
     """Tasks that `run` keeps going until it is cancelled."""
 
-    def __init__(self, settings: Settings, database: Database, commands: Commands, client: redis.Redis) -> None:
+    def __init__(self, settings: Settings, database: Database, commands: Commands, client: Client) -> None:
         self._settings = settings
         self._database = database
         self._commands = commands

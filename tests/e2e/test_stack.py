@@ -256,7 +256,7 @@ def pods(shared_stack: Stack, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -
     """A supervisor, not started, whose pods are stand-ins that serve nothing but health."""
     (tmp_path / "stand_in.py").write_text(STAND_IN)
     monkeypatch.setenv("PYTHONPATH", str(tmp_path))
-    monkeypatch.setattr(Supervisor, "_migrate", lambda _self, _service: None)
+    monkeypatch.setattr(Supervisor, "migrate", lambda _self, _service: None)
     return Supervisor(shared_stack, services=[service._replace(module="stand_in") for service in SERVICES])
 
 

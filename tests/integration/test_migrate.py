@@ -1,6 +1,8 @@
 """A pod waits for its schema, and a release may go back one."""
 
 import asyncio
+import os
+import sys
 from collections.abc import AsyncIterator
 
 import asyncpg
@@ -84,4 +86,24 @@ async def test_a_database_that_is_ahead_has_what_is_needed(dsn: str) -> None:
     await migrate(dsn, "inventory", ["pre"])
     connection = await asyncpg.connect(dsn)
     assert await connection.fetchval("SELECT version_num FROM migration_pre") == "9999"
+    await connection.close()
+
+
+@pytest.mark.skipif(bool(os.environ.get("CITUS_DSN")), reason="there is a cluster")
+async def test_plain_postgresql_says_what_it_lacks_to_be_distributed(dsn: str) -> None:
+    """Each thing on a line of its own; and nothing was changed, so that not even the tables are there."""
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "shared.migrate", "inventory", "--distributed",
+        env=os.environ | {"HOLDFAST_DATABASE_DSN": dsn}, stderr=asyncio.subprocess.PIPE,
+    )  # fmt: skip
+    _, said = await process.communicate()
+    assert process.returncode == 1
+    lines = said.decode().splitlines()
+    assert [line.split(":")[0] for line in lines] == [
+        "this PostgreSQL has no Citus",
+        "Citus is not loaded",
+        "max_prepared_transactions is 0",
+    ]
+    connection = await asyncpg.connect(dsn)
+    assert await connection.fetchval("SELECT to_regclass('stock')") is None
     await connection.close()

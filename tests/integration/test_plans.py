@@ -47,6 +47,7 @@ HOT = {
     " array[now(), now()], ''",
     "LOCK": KEYS,
     "READ_STOCK": KEYS,
+    "KNOWN_SKUS": "array['S000100', 'S000200']",
     "READ_HOLDS": IDS,
     "MOVE_HOLDS": f"{IDS}, array[0, 0], array[1, 1], array[0, 0], array[0, 0]",
     "READ_CHANGES": f"{IDS}, array['r', 'r']",
@@ -58,7 +59,8 @@ HOT = {
     "MOVEMENTS_AFTER": f"{KEYS}, array[1, 1], 10",
     "MOVED": f"{KEYS}, array[1, 1]",
     "SUM_STOCK": "array['S000100', 'S000200']",
-    "BALANCE": "'', '', 10",
+    "NEXT_KEYS": "'', '', 10",
+    "COMPARE": KEYS,
 }
 
 BOOKED = (
@@ -94,14 +96,17 @@ async def test_reservation_reads_and_writes_by_index(reservation_db: Database, n
 async def test_the_relay_reads_and_deletes_by_index(inventory_db: Database) -> None:
     """The oldest events by id, what was sent by key and id."""
     await assert_by_index(inventory_db, outbox.PEEK.format(table="outbox"), "10")
-    await assert_by_index(inventory_db, inventory.UNSENT_MOVEMENTS, "10")
+    await assert_by_index(inventory_db, inventory.UNSENT, "10")
+    await assert_by_index(inventory_db, inventory.MOVEMENTS_AT, f"{KEYS}, array[1, 1], array[now(), now()]")
     await assert_by_index(inventory_db, inventory.DELETE_SENT_MOVEMENTS, "array[1]")
     await assert_by_index(inventory_db, outbox.OUTBOX.delete, "array[1]")
 
 
 async def assert_by_index(database: Database, statement: str, arguments: str) -> None:
     async with database.connection() as connection:
-        for mode in ("force_custom_plan", "force_generic_plan"):
+        # Citus plans with the parameters, as they tell it the shard.
+        distributed = await connection.fetchval("SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')")
+        for mode in ("force_custom_plan",) if distributed else ("force_custom_plan", "force_generic_plan"):
             await connection.execute(f"SET plan_cache_mode = {mode}")
             await connection.execute(f"PREPARE hot AS {statement}")
             rows = await connection.fetch(f"EXPLAIN EXECUTE hot ({arguments})")

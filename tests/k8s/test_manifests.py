@@ -6,15 +6,16 @@ from pathlib import Path
 
 import kubernetes_validate
 import pytest
+from pydantic_settings import BaseSettings
 
 from deploy.local.certificates import Authority
-from shared.settings import Settings
+from shared.settings import DistributionSettings, Settings
 from tests.k8s import manifests
 from tests.k8s.manifests import K8S, SERVERS, Object, Pod, holdfast, matches, of, pods, variables
 
 pytestmark = pytest.mark.skipif(manifests.command() is None, reason=manifests.MISSING)
 
-OVERLAYS = ("local", "production")
+OVERLAYS = ("local", "production", "distributed")
 SERVICES = ("inventory", "reservation", "analytics")
 # The oldest and the newest Kubernetes that are supported.
 VERSIONS = ("1.33", "1.36")
@@ -22,7 +23,7 @@ VERSIONS = ("1.33", "1.36")
 CUSTOM = {"Certificate", "PodMonitor", "PrometheusRule"}
 
 
-def environment(settings: type[Settings]) -> set[str]:
+def environment(settings: type[BaseSettings]) -> set[str]:
     return {f"HOLDFAST_{name.upper()}" for name in settings.model_fields}
 
 
@@ -105,21 +106,23 @@ def test_every_image_has_a_version(objects: list[Object]) -> None:
 
 def test_jobs_and_labels_carry_the_release(objects: list[Object]) -> None:
     """A Job's name ends with the version, so that each release has its own; every pod is labelled with it."""
-    jobs = of(objects, "Job")
-    release = next(iter(jobs.values()))["spec"]["template"]["spec"]["containers"][0]["image"].rpartition(":")[2]
-    assert set(jobs) == {f"migrate-pre-{release}", f"migrate-post-{release}"}
+    jobs = [pod for pod in holdfast(objects) if pod.owner["kind"] == "Job"]
+    release = jobs[0].spec["containers"][0]["image"].rpartition(":")[2]
+    assert {pod.name for pod in jobs} == {f"Job migrate-pre-{release}", f"Job migrate-post-{release}"}
     for pod in holdfast(objects):
         assert pod.labels["app.kubernetes.io/version"] == release, pod.name
 
 
 def test_a_job_follows_no_hash(objects: list[Object]) -> None:
     """What a Job refers to keeps its name when its content changes: a Job cannot be changed after it."""
-    for pod in pods(objects):
+    for pod in holdfast(objects):
         if pod.owner["kind"] == "Job":
             for container in pod.spec["containers"]:
                 maps = {one["configMapRef"]["name"] for one in container.get("envFrom", [])}
                 secrets = {one["valueFrom"]["secretKeyRef"]["name"] for one in container.get("env", [])}
-                assert maps | secrets == {"holdfast-backends" if container["name"] == "topics" else container["name"]}
+                assert maps | secrets - {"citus"} == (
+                    {"holdfast-backends", "kafka"} if container["name"] == "topics" else {container["name"]}
+                )
 
 
 def test_every_service_has_its_workloads(objects: list[Object]) -> None:
@@ -167,7 +170,7 @@ def test_settings_that_are_required_are_set(objects: list[Object]) -> None:
 
 def test_no_variable_is_unknown(objects: list[Object]) -> None:
     """A name that no Settings class has would be set in vain."""
-    known = set().union(*(environment(settings_of(service)) for service in SERVICES))
+    known = environment(DistributionSettings).union(*(environment(settings_of(service)) for service in SERVICES))
     for pod in holdfast(objects):
         for container in pod.containers:
             named = {variable["name"] for variable in container.get("env", [])}
@@ -196,6 +199,19 @@ def test_values_are_what_settings_take(objects: list[Object], monkeypatch: pytes
             for name, value in told.items():
                 patched.setenv(name, secret[name] if value is None else mounted.get(name, value))
             settings_of(pod.service)()  # type: ignore[call-arg] # from the environment
+
+
+def test_backends_may_want_certificates_and_passwords(objects: list[Object]) -> None:
+    """Whoever speaks to one has the authority's certificate where documented, if there is one; Kafka's password too."""
+    for pod in holdfast(objects):
+        (authority,) = [one for one in pod.spec["volumes"] if one["name"] == "backends"]
+        assert authority["configMap"] == {"name": "backends-ca", "optional": True}
+        for container in pod.containers:
+            mounts = {one["name"]: one["mountPath"] for one in container["volumeMounts"]}
+            assert mounts["backends"] == "/etc/holdfast/backends", pod.name
+            if container["name"] in {"holdfast", "topics"}:
+                secrets = [one.get("valueFrom", {}).get("secretKeyRef") for one in container["env"]]
+                assert {"name": "kafka", "key": "password", "optional": True} in secrets, pod.name
 
 
 def test_services_select_the_pods_they_should(objects: list[Object]) -> None:
@@ -270,6 +286,29 @@ def test_secrets_and_configuration_that_are_referred_to_exist(objects: list[Obje
         documented = (K8S.parents[1] / "docs" / "kubernetes.md").read_text()
         for name, key in referred:
             assert re.search(rf"create secret generic {name}\b[^\n]*(\\\n[^\n]*)*--from-literal={key}=", documented)
+
+
+def test_a_distributed_database_is_made_before_it_is_used() -> None:
+    """Its nodes find each other, migrations spread the tables, and only Holdfast and the nodes reach them."""
+    objects = list(manifests.build(K8S / "overlays" / "distributed"))
+    both = [*objects, *manifests.build(K8S / "overlays" / "distributed" / "post")]
+    nodes = {name: one["spec"]["replicas"] for name, one in of(objects, "StatefulSet").items()}
+    members = of(objects, "ConfigMap")["citus-membership"]["data"]["membership.sql"]
+    for name, replicas in nodes.items():
+        assert of(objects, "Service")[name]["spec"]["clusterIP"] == "None"
+        called = set(re.findall(rf"'({name}-\d+)\.{name}\.holdfast\.svc\.cluster\.local', 5432", members))
+        assert called == {f"{name}-{number}" for number in range(replicas)}
+    for pod in holdfast(both):
+        if pod.component == "migration":
+            for container in pod.containers:
+                assert ("--distributed" in container["args"]) == (container["name"] in SERVICES), pod.name
+    reaching = {
+        source.service
+        for source in pods(objects)
+        for target in pods(objects)
+        if target.owner["kind"] == "StatefulSet" and reached(objects, source, target, "postgres")
+    }
+    assert reaching == {*SERVICES, "migrate-pre", "citus-coordinator", "citus-worker", "citus-membership"}
 
 
 def test_policies_match_pods(production: list[Object]) -> None:

@@ -18,7 +18,7 @@ from holdfast.reservation.v1 import events_pb2 as reservation_events
 from holdfast.reservation.v1 import reservation_pb2
 
 from services.inventory.codec import COMMANDS_TOPIC, MOVEMENTS_TOPIC
-from services.inventory.store import BALANCE
+from services.inventory.store import balance
 from services.reservation.codec import CHANGES_TOPIC
 from shared import watermark
 from shared.refusal import Refusal
@@ -163,8 +163,8 @@ async def _check_quiet(world: World, books: Books) -> None:
         books.require(change["state"] != "PENDING", "a change was never booked:", change)
     _check_agreement(world, books)
     connection: Any = Connection(inventory, statement, LocalWire())
-    drifts = await connection.fetch(BALANCE, "", "", 1000)
-    books.require(not any(row["drifted"] for row in drifts), "drift:", *map(list, drifts))
+    _, _, drifts = await balance(connection, ("", ""), 1000)
+    books.require(not drifts, "drift:", *drifts)
     _check_events(world, books)
     _check_told_reservations(world, books)
     _check_consumed(world, books)

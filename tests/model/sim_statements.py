@@ -5,6 +5,7 @@ statement's plan visits them, which is that of its arrays.
 """
 # ruff: noqa: PLR0917 - a statement has the parameters that it has
 
+import json
 from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Any, TypeVar
@@ -137,22 +138,20 @@ async def _place(
     fingerprints: Sequence[bytes], ttls: Sequence[timedelta], traceparent: str,
 ) -> list[Record]:  # fmt: skip
     taken: list[tuple[Row, int, int, int]] = []
-    times = []
     for sku, location, quantity, count, first in zip(skus, locations, quantities, counts, firsts, strict=True):
         row = await t.update(
             "stock",
             (sku, location),
             lambda row, more=quantity, count=count: {  # type: ignore[misc]
-                "held": row["held"] + more, "version": row["version"] + count, "updated_at": t.clock(),
+                "held": row["held"] + more, "version": row["version"] + count, "updated_at": t.began,
             },
             lambda row, more=quantity: row["active"]  # type: ignore[misc]
             and row["on_hand"] - row["held"] - row["safety_stock"] + row["backorder_limit"] >= more,
         )  # fmt: skip
         if row is not None:
-            times.append(t.clock())
             taken.append((row, quantity, count, first))
     _assert_each(len(taken), len(skus))
-    time = max(times)
+    time = t.clock()
     for sku, hold_id, slot, location, quantity, content, ttl in zip(
         part_skus, ids, slots, part_locations, units, fingerprints, ttls, strict=True
     ):
@@ -208,22 +207,20 @@ async def _change(t: Transaction, *arguments: Any) -> list[Record]:
     changes = _rows("sku hold_id request_id kind fingerprint allocations expires_at", *arguments[20:27])
     traceparent = arguments[27]
     taken = []
-    times = []
     for one in gone:
         row = await t.update(
             "stock",
             (one["sku"], one["location"]),
             lambda row, one=one: {  # type: ignore[misc]
                 "on_hand": row["on_hand"] - one["sold"], "held": row["held"] - one["held"],
-                "version": row["version"] + one["movements"], "updated_at": t.clock(),
+                "version": row["version"] + one["movements"], "updated_at": t.began,
             },
             lambda row, one=one: row["short"] == 0 and row["held"] >= one["held"],  # type: ignore[misc]
         )  # fmt: skip
         if row is not None:
-            times.append(t.clock())
             taken.append((row, one))
     _assert_each(len(taken), len(gone))
-    time = max(times)
+    time = t.clock()
     left = 0
     for slot in slots:
         row = await t.update(
@@ -318,11 +315,7 @@ async def _sources(t: Transaction, skus: Texts) -> list[Record]:
 
 @_runs(inventory.READ_STOCK)
 async def _read_stock(t: Transaction, skus: Texts, locations: Texts) -> list[Record]:
-    found = []
-    for sku, location in zip(skus, locations, strict=True):
-        row = t.get("stock", (sku, location)) or dict.fromkeys(COUNTERS)
-        found.append(_stock({**row, "sku": sku, "location": location}, t.stated))
-    return found
+    return [_stock(row, t.stated) for key in zip(skus, locations, strict=True) if (row := t.get("stock", key))]
 
 
 @_runs(inventory.SUM_STOCK)
@@ -338,23 +331,19 @@ async def _sum_stock(t: Transaction, skus: Texts) -> list[Record]:
     return [Record({**sums, "time": t.stated}) for sums in found.values()]
 
 
-@_runs(inventory.UNKNOWN_SKUS)
-async def _unknown_skus(t: Transaction, skus: Texts) -> list[Record]:
-    return _unknown(t, "sku", skus)
+@_runs(inventory.KNOWN_SKUS)
+async def _known_skus(t: Transaction, skus: Texts) -> list[Record]:
+    return _known_codes(t, "sku", skus)
 
 
-@_runs(inventory.UNKNOWN_LOCATIONS)
-async def _unknown_locations(t: Transaction, locations: Texts) -> list[Record]:
-    return _unknown(t, "location", locations)
+@_runs(inventory.KNOWN_LOCATIONS)
+async def _known_locations(t: Transaction, locations: Texts) -> list[Record]:
+    return _known_codes(t, "location", locations)
 
 
-def _unknown(t: Transaction, table: str, names: Texts) -> list[Record]:
+def _known_codes(t: Transaction, table: str, names: Texts) -> list[Record]:
     found = ((name, t.get(table, (name,))) for name in names)
-    return [
-        Record(_row(f"{table} active", name, row and row["active"]))
-        for name, row in found
-        if not (row and row["active"])
-    ]
+    return [Record(_row(f"{table} active", name, row["active"])) for name, row in found if row]
 
 
 @_runs(inventory.INSERT_HOLDS)
@@ -491,14 +480,14 @@ async def _insert_movements(t: Transaction, *arguments: Any) -> int:
     return 1
 
 
-@_runs(inventory.UNSENT_MOVEMENTS)
-async def _unsent_movements(t: Transaction, limit: int) -> list[Record]:
-    return [
-        Record({**{name: group[name] for name in ("id", "event_id", "traceparent")}, **row})
-        for group in t.scan("movement_outbox")[:limit]
-        for key in sorted(zip(group["skus"], group["locations"], group["versions"], strict=True))
-        if (row := t.get("movement", (*key, group["recorded_at"])))
-    ]
+@_runs(inventory.UNSENT)
+async def _unsent(t: Transaction, limit: int) -> list[Record]:
+    return [Record(group) for group in t.scan("movement_outbox")[:limit]]
+
+
+@_runs(inventory.MOVEMENTS_AT)
+async def _movements_at(t: Transaction, *arguments: Any) -> list[Record]:
+    return [Record(row) for place in zip(*arguments, strict=True) if (row := t.get("movement", place))]
 
 
 @_runs(inventory.DELETE_SENT_MOVEMENTS)
@@ -506,26 +495,20 @@ async def _delete_sent_movements(t: Transaction, ids: Numbers) -> int:
     return sum([await t.delete("movement_outbox", (number,)) for number in sorted(ids)])
 
 
-@_runs(inventory.BALANCE)
-async def _balance(t: Transaction, sku: str, location: str, limit: int) -> list[Record]:
+@_runs(inventory.NEXT_KEYS)
+async def _next_keys(t: Transaction, sku: str, location: str, limit: int) -> list[Record]:
     page = [row for row in t.scan("stock") if (row["sku"], row["location"]) > (sku, location)][:limit]
-    return await _compare(t, page)
+    return [Record(_row("sku location", row["sku"], row["location"])) for row in page]
 
 
-@_runs(inventory.BALANCE_OF)
-async def _balance_of(t: Transaction, skus: Texts, locations: Texts) -> list[Record]:
-    return await _compare(t, [row for key in zip(skus, locations, strict=True) if (row := t.get("stock", key))])
-
-
-async def _compare(t: Transaction, page: Sequence[Row]) -> list[Record]:
+@_runs(inventory.COMPARE)
+async def _compare(t: Transaction, skus: Texts, locations: Texts) -> list[Record]:
     names = ("version", "on_hand", "held", "short")
-    last = (page[-1]["sku"], page[-1]["location"]) if page else (None, None)
-    looked = _row("keys last_sku last_location", len(page), *last)
-    wrong = []
-    for stock in page:
-        key = (stock["sku"], stock["location"])
+    found = []
+    for key in zip(skus, locations, strict=True):
+        stock = t.get("stock", key)
         checked = t.get("checkpoint", key) or dict.fromkeys(names, 0)
-        if all(stock[name] == checked[name] for name in names):
+        if stock is None or all(stock[name] == checked[name] for name in names):
             continue
         ledger = [
             row for row in t.scan("movement")
@@ -533,20 +516,27 @@ async def _compare(t: Transaction, page: Sequence[Row]) -> list[Record]:
         ]  # fmt: skip
         come_to = {"version": len(ledger)}
         come_to |= {name: sum(row[f"{name}_delta"] for row in ledger) for name in names[1:]}
-        drift = {f"{name}_drift": stock[name] - checked[name] - come_to[name] for name in names}
         open_holds = sum(row["held"] for row in t.scan("hold") if (row["sku"], row["location"]) == key)
-        drift["hold_drift"] = stock["held"] - open_holds
-        if any(drift.values()):
-            wrong.append({**_row("sku location", *key), **drift, "drifted": True})
-            continue
-        saved = _row("sku location", *key) | {name: stock[name] for name in names} | {"checked_at": t.began}
+        found.append(
+            _row("sku location", *key)
+            | {name: stock[name] for name in names}
+            | {f"{name}_drift": stock[name] - checked[name] - come_to[name] for name in names}
+            | {"hold_drift": stock["held"] - open_holds}
+        )
+    return list(map(Record, found))
+
+
+@_runs(inventory.SAVE_CHECKPOINTS)
+async def _save_checkpoints(t: Transaction, *arguments: Any) -> int:
+    rows = _rows("sku location version on_hand held short", *arguments)
+    for row in rows:
+        saved = row | {"checked_at": t.began}
         if not await t.insert("checkpoint", saved, or_nothing=True):
             await t.update(
-                "checkpoint", key, lambda _row, saved=saved: saved,  # type: ignore[misc]
-                lambda row, saved=saved: row["version"] < saved["version"],  # type: ignore[misc]
+                "checkpoint", (row["sku"], row["location"]), lambda _row, saved=saved: saved,  # type: ignore[misc]
+                lambda known, saved=saved: known["version"] < saved["version"],  # type: ignore[misc]
             )  # fmt: skip
-    nothing = _row("sku location version_drift on_hand_drift held_drift short_drift hold_drift drifted", *[None] * 8)
-    return [Record(looked | drift) for drift in wrong or [nothing]]
+    return len(rows)
 
 
 _SKU = "sku name category unit currency_code price_micros"
@@ -646,7 +636,7 @@ async def _read_reservations(t: Transaction, ids: Texts) -> list[Record]:
                 for x in t.scan("allocation")
                 if x["reservation_id"] == name
             ]
-            found.append(Record({**row, "lines": lines, "allocations": parts}))
+            found.append(Record({**row, "lines": json.dumps(lines), "allocations": json.dumps(parts)}))
     return found
 
 

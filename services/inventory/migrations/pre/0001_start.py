@@ -127,7 +127,7 @@ STATEMENTS = (
         PRIMARY KEY (sku, location, version, recorded_at)
     ) PARTITION BY RANGE (recorded_at)
     """,
-    # Up to which version of each key the ledger was added up and found to agree (`store.BALANCE`).
+    # Up to which version of each key the ledger was added up and found to agree (`store.COMPARE`).
     """
     CREATE TABLE checkpoint (
         sku text COLLATE "C" NOT NULL,
@@ -140,7 +140,7 @@ STATEMENTS = (
         PRIMARY KEY (sku, location)
     ) WITH (fillfactor = 70)
     """,
-    # Where in the ledger the movements stand that are still to be sent (`store.UNSENT_MOVEMENTS`).
+    # Where in the ledger the movements stand that are still to be sent (`store.UNSENT`).
     """
     CREATE TABLE movement_outbox (
         id bigint GENERATED ALWAYS AS IDENTITY PRIMARY KEY,
