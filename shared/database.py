@@ -63,6 +63,7 @@ UNAVAILABLE = (
     asyncpg.exceptions.InsufficientResourcesError,
     asyncpg.exceptions.CannotConnectNowError,
     asyncpg.exceptions.ReadOnlySQLTransactionError,
+    asyncpg.exceptions.IdleInTransactionSessionTimeoutError,
     # A coordinator of Citus has lost a worker while it wrote, prepared or committed there.
     asyncpg.exceptions.PostgresIOError,
     asyncpg.exceptions.InternalServerError,
@@ -99,17 +100,23 @@ class Database:
         name: str,
         connections_max: int = 10,
         timeout_seconds: float = 10,
+        idle_seconds_max: float = 0,
         planner: Mapping[str, str] = PLANNER,
         pool_name: str = "main",
     ) -> "Database":
-        """Open the pool; `name` is shown in pg_stat_activity, `pool_name` in metrics."""
+        """Open the pool; `name` is shown in pg_stat_activity, `pool_name` in metrics.
+
+        PostgreSQL ends a transaction that is silent for `idle_seconds_max` (0: never): a pod that stands still would
+        keep everybody else from the rows that it has locked.
+        """
+        idle = {"idle_in_transaction_session_timeout": f"{idle_seconds_max * 1000:.0f}"} if idle_seconds_max else {}
         pool = await asyncpg.create_pool(
             dsn,
             min_size=1,
             max_size=connections_max,
             command_timeout=timeout_seconds,
             timeout=ACQUIRE_SECONDS_MAX,
-            server_settings={"application_name": name, "timezone": "UTC", **planner},
+            server_settings={"application_name": name, "timezone": "UTC", **idle, **planner},
             init=_plan,
             reset=_nothing,
         )

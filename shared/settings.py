@@ -124,6 +124,9 @@ class Settings(KafkaSettings, DatabaseSettings):
 
     database_connections_max: int = Field(default=10, ge=2, le=200)
     database_timeout_seconds: float = Field(default=10, gt=0, description="For one statement.")
+    database_idle_seconds_max: float = Field(
+        default=0.5, ge=0, description="Silence of a transaction that has locked stock or reservations; 0: no limit."
+    )
     batch_items_max: int = Field(default=512, ge=1, le=1000, description="Calls in one batch.")
     batch_lines_max: int = Field(default=4096, ge=1, description="Lines in one batch.")
     queue_items_max: int = Field(default=4096, ge=1, description="Calls that wait; more are refused.")

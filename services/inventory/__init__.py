@@ -27,9 +27,10 @@ release, extension, reclaim and sweep of one hold are serial, and each is whole 
 Time is the database's, read after the locks were granted: a hold whose time has come by then has
 expired, and recorded times never run backwards within a key.
 
-Crashes: before COMMIT nothing has happened; after it a retry with the same id finds what happened. A
-hold that nobody comes back for expires. Redis is told after the commit and may miss it: a cached value
-lives two seconds. Kafka is told by the relay.
+Crashes: a transaction that falls silent, because its pod stands still, is ended by PostgreSQL after half a
+second, and its locks with it. Before COMMIT nothing has happened; after it a retry with the same id finds
+what happened. A hold that nobody comes back for expires. Redis is told after the commit and may miss it: a
+cached value lives two seconds. Kafka is told by the relay.
 
     hold:  HELD --commit--> sold      (each by quantity; what is left goes on being held)
                 --release--> free

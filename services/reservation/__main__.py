@@ -32,6 +32,7 @@ async def run(settings: Settings, role: str) -> None:
         name=settings.pod,
         connections_max=settings.database_connections_max,
         timeout_seconds=settings.database_timeout_seconds,
+        idle_seconds_max=settings.database_idle_seconds_max,
     )
     client = connect(settings.redis_url, cluster=settings.redis_cluster)
     channel = open_channel(settings.inventory_target, settings.tls_directory)

@@ -17,7 +17,7 @@ from services.reservation.domain import Ask, Line, Mode
 from services.reservation.inventory import Inventory as InventoryClient
 from services.reservation.subjects import Subjects
 from shared.channel import open_channel
-from shared.database import Database
+from shared.database import Connection, Database
 from shared.lock import Lock, run_alone
 from shared.refusal import Refusal
 from tests.e2e.shop import new
@@ -81,6 +81,34 @@ async def test_a_deadlock_is_retried(stack: Stack) -> None:
     await asyncio.gather(swap(1, 2), swap(2, 1))
     async with database.connection() as connection:
         assert await connection.fetchval("SELECT sum(n) FROM pair") == 4
+    await database.close()
+
+
+async def test_a_transaction_that_stands_still_keeps_nobody_waiting(stack: Stack) -> None:
+    """PostgreSQL ends it, and others get its rows; whoever goes on with it is told that the database was lost."""
+    stack.databases("silent")
+    database = await Database.connect(stack.postgres_dsn("silent"), name="silent", idle_seconds_max=0.1)
+    async with database.connection() as connection:
+        await connection.execute(
+            "DROP TABLE IF EXISTS silent; CREATE TABLE silent (n int); INSERT INTO silent VALUES (0)"
+        )
+    locked, waited = asyncio.Event(), asyncio.Event()
+
+    async def still(connection: Connection) -> None:
+        await connection.execute("UPDATE silent SET n = n + 10")
+        locked.set()
+        await waited.wait()
+        await connection.execute("UPDATE silent SET n = n + 10")
+
+    standing = asyncio.ensure_future(database.run(still))
+    await locked.wait()
+    await database.run(lambda connection: connection.execute("UPDATE silent SET n = n + 1"))
+    waited.set()
+    with pytest.raises(Refusal) as refused:
+        await standing
+    assert refused.value.reason == "DATABASE_UNAVAILABLE"
+    async with database.connection() as connection:
+        assert await connection.fetchval("SELECT n FROM silent") == 1
     await database.close()
 
 
