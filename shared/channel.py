@@ -5,7 +5,8 @@ health, which it watches, is SERVING: a pod that stops is left before it closes 
 resolved again when a connection ends, which the server makes happen every few minutes
 (`connection_age_seconds_max`), so new pods are found while old connections are healthy: within 1.1 times that
 age and RESOLVE_SECONDS_MIN, once the name has them. A pod that takes another's place has to be in the name for
-longer than RESOLVE_SECONDS_MIN before the next one may go. Only
+longer than RESOLVE_SECONDS_MIN before the next one may go. A pod that does not answer a ping within
+KEEPALIVE_ANSWER_MS_MAX, because it or its node stands still, is left too, and its calls go to the others. Only
 UNAVAILABLE is retried, with backoff and jitter, and every write carries an id that makes that safe.
 
 With TLS a channel shows its own certificate and looks at the server's, which must be for the target's host. gRPC
@@ -25,7 +26,8 @@ from shared.files import Watched
 
 CALL_SECONDS_MAX = 15
 REPLACED_SECONDS_MAX = 3_600  # for the streams of a replaced channel, which the server ends before
-KEEPALIVE_MS = 30_000
+KEEPALIVE_MS = 1_000
+KEEPALIVE_ANSWER_MS_MAX = 2_000
 RESOLVE_SECONDS_MIN = 5
 MESSAGE_BYTES_MAX = 16 << 20
 
@@ -76,7 +78,10 @@ def options(target: str) -> list[tuple[str, Any]]:
         ("grpc.initial_reconnect_backoff_ms", 100),
         ("grpc.max_reconnect_backoff_ms", 2_000),
         ("grpc.keepalive_time_ms", KEEPALIVE_MS),
-        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.keepalive_timeout_ms", KEEPALIVE_ANSWER_MS_MAX),
+        # One ping at a time is under way: where it is one that measures bandwidth, its own bound tells.
+        ("grpc.http2.ping_timeout_ms", KEEPALIVE_ANSWER_MS_MAX),
+        ("grpc.http2.max_pings_without_data", 0),
         ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),
         ("grpc.max_send_message_length", MESSAGE_BYTES_MAX),
     ]

@@ -45,6 +45,7 @@ CLOSE_SECONDS_MAX = 2.0
 GC_ALLOCATIONS = 20_000
 METADATA_BYTES_MAX = 16 << 10
 STREAMS_MAX = 4096
+CALLER_PING_MS = 60_000
 PROBES_MAX = 100
 UNREADABLE = object()
 log = structlog.get_logger(__name__)
@@ -267,7 +268,7 @@ def build(
             ("grpc.so_reuseport", 0),
             ("grpc.max_connection_age_ms", settings.connection_age_seconds_max * 1000),
             ("grpc.max_connection_age_grace_ms", int(settings.drain_seconds_max * 1000)),
-            ("grpc.keepalive_time_ms", KEEPALIVE_MS * 2),
+            ("grpc.keepalive_time_ms", CALLER_PING_MS),
             ("grpc.http2.min_ping_interval_without_data_ms", KEEPALIVE_MS // 2),
             ("grpc.keepalive_permit_without_calls", 1),
             ("grpc.max_receive_message_length", MESSAGE_BYTES_MAX),

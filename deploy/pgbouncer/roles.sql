@@ -6,7 +6,8 @@ DECLARE
 BEGIN
   FOREACH setting SLICE 1 IN ARRAY ARRAY[
     ['enable_hashjoin', 'off'], ['enable_mergejoin', 'off'], ['enable_seqscan', 'off'], ['enable_bitmapscan', 'off'],
-    ['jit', 'off'], ['plan_cache_mode', 'force_generic_plan'], ['timezone', 'UTC']
+    ['jit', 'off'], ['plan_cache_mode', 'force_generic_plan'], ['timezone', 'UTC'],
+    ['idle_in_transaction_session_timeout', '500ms']
   ] LOOP
     EXECUTE format(
       'ALTER ROLE %I IN DATABASE %I SET %I TO %L', current_user, current_database(), setting[1], setting[2]

@@ -3,15 +3,19 @@
 import asyncio
 import os
 import signal
+import time
 
 from holdfast.reservation.v1 import reservation_pb2 as rp
 
 from deploy.local.stack import Stack
+from deploy.local.supervisor import Supervisor
+from shared.channel import KEEPALIVE_ANSWER_MS_MAX, KEEPALIVE_MS
 from shared.client import Holdfast
 from tests.e2e.shop import goods, new, stock
 
 CALLERS = 16
 ROUNDS = 12
+SOON_SECONDS = 1.0
 
 
 async def test_redis_stopped_under_load_is_slower_and_never_wrong(holdfast: Holdfast, stack: Stack) -> None:
@@ -34,3 +38,24 @@ async def test_redis_stopped_under_load_is_slower_and_never_wrong(holdfast: Hold
         os.kill(redis_pid, signal.SIGCONT)
     seen = await stock(holdfast, sku, min_version=1 + CALLERS * ROUNDS)
     assert seen.held == CALLERS * ROUNDS
+
+
+async def test_a_pod_that_stands_still_is_left_for_the_others(holdfast: Holdfast, pods: Supervisor) -> None:
+    """A call that it got is answered by another pod once it misses a ping; then nobody goes to it any more."""
+    sku = await goods(holdfast, 1_000_000)
+    for service in ("inventory", "reservation"):
+        frozen = next(pod.pid for pod in pods.pods if pod.service.name == service)
+        assert frozen
+        began = time.monotonic()
+        os.kill(frozen, signal.SIGSTOP)
+        try:
+            first = await asyncio.gather(*(holdfast.reserve(new(), [(sku, "MAIN", 1)]) for _ in range(CALLERS)))
+            assert time.monotonic() - began < (KEEPALIVE_MS + KEEPALIVE_ANSWER_MS_MAX) / 1000 + SOON_SECONDS
+            began = time.monotonic()
+            later = [await holdfast.reserve(new(), [(sku, "MAIN", 1)]) for _ in range(CALLERS)]
+            assert time.monotonic() - began < SOON_SECONDS
+        finally:
+            os.kill(frozen, signal.SIGCONT)
+        assert {answer.outcome for answer in first + later} == {rp.RESERVE_OUTCOME_HELD}
+    held = (await stock(holdfast, sku, min_version=1 + 4 * CALLERS)).held
+    assert held == 4 * CALLERS

@@ -18,6 +18,7 @@ from deploy.local.stack import REPOSITORY, UNPRIVILEGED_USER, Stack, free_port
 from deploy.local.supervisor import SERVICES, Service, Supervisor
 from shared.client import Holdfast
 from shared.database import PLANNER
+from shared.settings import Settings
 from tests.e2e.shop import goods, new, stock
 from tests.model.proxy import through
 
@@ -90,7 +91,7 @@ async def listening(dsn: str) -> None:
 
 
 async def test_pods_share_a_few_connections(stack: Stack, pooler: int) -> None:
-    """Four pods and their workers on three connections a database; the planner is told what the pods would tell it."""
+    """Four pods and their workers on three connections a database; sessions are told what the pods would tell them."""
     callers, each, units = 16, 10, 100
     with Pooled(stack, pooler).start() as supervisor:
         async with Holdfast(supervisor.targets["inventory"], supervisor.targets["reservation"]) as holdfast:
@@ -114,6 +115,7 @@ async def test_pods_share_a_few_connections(stack: Stack, pooler: int) -> None:
         assert await connection.fetchval(serving, DATABASES[0]) <= POOL
         await connection.close()
         behind = await asyncpg.connect(through(dsn, pooler))
-        for name, value in PLANNER.items():
+        idle = Settings.model_fields["database_idle_seconds_max"].default
+        for name, value in {**PLANNER, "idle_in_transaction_session_timeout": f"{idle * 1000:.0f}ms"}.items():
             assert await behind.fetchval("SELECT current_setting($1)", name) == value
         await behind.close()
