@@ -6,6 +6,7 @@ import ssl
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
+from urllib.parse import urlsplit
 
 import pytest
 import redis.asyncio as redis
@@ -87,12 +88,13 @@ async def test_postgresql_is_reached_by_verified_tls(
 ) -> None:
     """By pods and by migrations, with what the address says; another authority or another name is refused."""
     stack.databases("behind_tls")
-    port = int(stack.postgres_dsn("x").rpartition(":")[2].partition("/")[0])
-    async with behind_tls(port, server_context, asked=True) as tls_port:
+    server = urlsplit(stack.postgres_dsn("behind_tls"))
+    assert server.port
+    async with behind_tls(server.port, server_context, asked=True) as tls_port:
 
         def dsn(host: str, trusted: Path) -> str:
             return (
-                f"postgresql://holdfast:not%2Fasked@{host}:{tls_port}/behind_tls"
+                f"postgresql://{server.username}:not%2Fasked@{host}:{tls_port}{server.path}"
                 f"?sslmode=verify-full&sslrootcert={trusted}"
             )
 
