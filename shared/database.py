@@ -54,6 +54,9 @@ RETRIED = (
     asyncpg.InvalidCachedStatementError,
 )
 RETRY_REASONS = ("deadlock", "serialization", "unique", "migration")
+# Of a statement that copies rows to a cluster's nodes it is not told which of these it failed of: who runs one in a
+# transaction of its own looks what is there.
+CONTESTED = (*RETRIED, asyncpg.exceptions.InternalServerError)
 UNAVAILABLE = (
     OSError,
     TimeoutError,

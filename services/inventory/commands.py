@@ -36,7 +36,7 @@ from services.inventory.domain import (
     Stock,
 )
 from shared import metrics, outbox
-from shared.database import RETRIED, Connection, Database, Record
+from shared.database import CONTESTED, RETRIED, Connection, Database, Record
 from shared.refusal import Refusal
 from shared.workers import turns
 
@@ -82,14 +82,14 @@ class Commands:
             or not all(request.mode is Mode.ALL for request in requests)
         ):
             return None
-        try:
-            async with self._database.connection() as connection:
+        async with self._database.connection() as connection:
+            try:
                 located = await self._locate(connection, requests)
                 if located is None:
                     return None
                 stocks, now = await store.place(connection, located)
-        except (*RETRIED, asyncpg.DivisionByZeroError):
-            return None
+            except (*CONTESTED, asyncpg.DivisionByZeroError):
+                return None
         self._cache.wrote(stocks.values(), now)
         return [
             Placed(

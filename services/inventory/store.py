@@ -58,7 +58,6 @@ WITH taken AS (
   SELECT part.sku, hold_id, slot, location, quantity, quantity, fingerprint, paid.time, paid.time + ttl
   FROM unnest($9::text[], $6::text[], $10::smallint[], $11::text[], $7::bigint[], $12::bytea[], $13::interval[])
     AS part (sku, hold_id, slot, location, quantity, fingerprint, ttl) CROSS JOIN paid
-  RETURNING hold_id
 ), moved AS (
   INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
                         short, safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
@@ -70,11 +69,10 @@ WITH taken AS (
     ($7::bigint[])[taken.first : taken.first + taken.holds - 1],
     ($8::bigint[])[taken.first : taken.first + taken.holds - 1]
   ) WITH ORDINALITY AS part (hold_id, quantity, running, ordinal)
-  RETURNING sku, location, version
 ), told AS (
   INSERT INTO movement_outbox (skus, locations, versions, recorded_at, traceparent)
-  SELECT array_agg(sku), array_agg(location), array_agg(version), min(paid.time), $14
-  FROM moved CROSS JOIN paid
+  SELECT array_agg(sku), array_agg(location), array_agg(number), min(paid.time), $14
+  FROM paid CROSS JOIN taken CROSS JOIN generate_series(taken.version - taken.holds + 1, taken.version) AS number
 )
 SELECT {STOCK_COLUMNS.replace("stock.", "taken.")}, paid.time FROM taken CROSS JOIN paid
 """
@@ -107,7 +105,6 @@ WITH taken AS (
   SELECT sku, hold_id, request_id, kind, fingerprint, allocations::jsonb, expires_at, paid.time
   FROM unnest($21::text[], $22::text[], $23::text[], $24::text[], $25::bytea[], $26::text[], $27::timestamptz[])
     AS change (sku, hold_id, request_id, kind, fingerprint, allocations, expires_at) CROSS JOIN paid
-  RETURNING hold_id
 ), moved AS (
   INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
                         short, safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
@@ -123,11 +120,10 @@ WITH taken AS (
     ($12::bigint[])[taken.first : taken.first + taken.movements - 1],
     ($13::bigint[])[taken.first : taken.first + taken.movements - 1]
   ) WITH ORDINALITY AS part (hold_id, request_id, kind, sold, held, running_sold, running_held, ordinal)
-  RETURNING sku, location, version
 ), told AS (
   INSERT INTO movement_outbox (skus, locations, versions, recorded_at, traceparent)
-  SELECT array_agg(sku), array_agg(location), array_agg(version), min(paid.time), $28
-  FROM moved CROSS JOIN paid
+  SELECT array_agg(sku), array_agg(location), array_agg(number), min(paid.time), $28
+  FROM paid CROSS JOIN taken CROSS JOIN generate_series(taken.version - taken.movements + 1, taken.version) AS number
 )
 SELECT {STOCK_COLUMNS.replace("stock.", "taken.")}, paid.time FROM taken CROSS JOIN paid
 WHERE 1 / ((SELECT count(*) FROM left_) = cardinality($14))::int = 1

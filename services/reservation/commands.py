@@ -28,7 +28,7 @@ from services.reservation.guard import Guard
 from services.reservation.inventory import Inventory
 from services.reservation.subjects import Identity, Lately, Subjects
 from shared import metrics
-from shared.database import ATTEMPTS_MAX, RETRIED, Connection, Database, unavailable
+from shared.database import ATTEMPTS_MAX, CONTESTED, RETRIED, Connection, Database, unavailable
 from shared.refusal import Refusal
 
 log = structlog.get_logger(__name__)
@@ -131,7 +131,7 @@ class Commands:
             async with self._database.connection() as connection:
                 try:
                     await store.insert(connection, rows, subjects, key_id, codec.CHANGES_TOPIC, codec.CHANGED_TYPE)
-                except RETRIED:
+                except CONTESTED:
                     for name in await store.known(connection, fresh):
                         del fresh[name]
                 else:
@@ -288,6 +288,8 @@ class Commands:
         """Book what has expired; return how many reservations ended. Two at once do no harm."""
         async with self._database.connection() as connection:
             due = await store.due(connection, EXPIRE_MAX)
+            if not due:
+                return 0
             reservations = list((await store.read(connection, due)).values())
         return sum([await self._expire(portion) for portion in _portions(reservations, lambda one: one)])
 

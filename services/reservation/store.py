@@ -41,7 +41,6 @@ WITH made AS (
               $8::timestamptz[], $9::timestamptz[], $10::text[], $11::text[], $12::text[])
     AS new (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at, created_at, order_time,
             country, device_id, ip_address)
-  RETURNING reservation_id
 ), lines AS (
   INSERT INTO reservation_line (reservation_id, line_no, sku, location, quantity, minimum, currency_code, price_micros)
   SELECT * FROM unnest($13::text[], $14::smallint[], $15::text[], $16::text[], $17::bigint[], $18::bigint[],
