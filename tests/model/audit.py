@@ -18,12 +18,12 @@ from tests.model.auditor import Deployment, Report, audit, lateness
 ROOT = Path(__file__).parents[2]
 
 
-def show(console: Console, report: Report, late: list[float]) -> None:
+def show(console: Console, report: Report, late: list[tuple[float, float]]) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for name, count in sorted(report.looked_at.items()):
         table.add_row(name, f"{count:,}")
     if late:
-        table.add_row("expired late, p99", f"{late[len(late) * 99 // 100]:.2f} s")
+        table.add_row("expired late, p99", f"{late[len(late) * 99 // 100][0]:.2f} s")
     table.add_row("violations", f"{len(report.violations):,}")
     console.print(table)
     for violation in report.violations:
@@ -47,7 +47,7 @@ def main() -> int:
         dsns = told["dsns"]
         at = Deployment(dsns["inventory"], dsns["reservation"], dsns["analytics"], told["kafka"])
 
-    async def work() -> tuple[Report, list[float]]:
+    async def work() -> tuple[Report, list[tuple[float, float]]]:
         return await audit(at, patience=asked.patience), await lateness(at.inventory_dsn)
 
     report, late = asyncio.run(work())

@@ -525,12 +525,13 @@ def _judge_order(applied: Iterable[tuple[Call, _Happened]], report: Report) -> N
 # -- all of it --------------------------------------------------------------------------------------------------------
 
 
-async def lateness(inventory_dsn: str, away: Sequence[tuple[float, float]] = ()) -> list[float]:
-    """By how many seconds holds were reclaimed after their time, in ascending order.
+async def lateness(inventory_dsn: str, away: Sequence[tuple[float, float]] = ()) -> list[tuple[float, float]]:
+    """By how many seconds holds were reclaimed after their time, in ascending order, each with when that was done.
 
     `away` says from when until when the database was, in seconds since 1970, in order: see `late`.
     """
-    return sorted(late(row["due"], row["done"], away) for row in await _rows(inventory_dsn, EXPIRIES))
+    rows = await _rows(inventory_dsn, EXPIRIES)
+    return sorted((late(row["due"], row["done"], away), float(row["done"])) for row in rows)
 
 
 def late(due: float, done: float, away: Sequence[tuple[float, float]]) -> float:

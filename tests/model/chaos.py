@@ -45,6 +45,7 @@ CALM_SHARE = 0.25
 BOOKS_SECONDS = 30.0
 SETTLE_SECONDS = 20.0  # longer than a hold can last, and than a change may be left half done
 BACK_SECONDS_MAX = 30.0
+BEFORE_SECONDS = 2.0
 GOODPUT_SHARE_MIN = 0.7
 AWAY = {"PostgreSQL killed", "PostgreSQL frozen", "disk full", "connections cut", "requests lost", "answers lost"}
 
@@ -227,8 +228,8 @@ class Outcome:
     calm_per_second: float = 0.0
     per_second: float = 0.0
     back_seconds: list[float] = field(default_factory=list)
-    away: list[tuple[float, float]] = field(default_factory=list)  # from when until when the database was
-    late_seconds: list[float] = field(default_factory=list)
+    befell: list[tuple[str, float, float]] = field(default_factory=list)  # which fault, from when until when
+    lateness: list[tuple[float, float]] = field(default_factory=list)  # see auditor.lateness
     report: Report = field(default_factory=Report)
 
     @property
@@ -237,9 +238,22 @@ class Outcome:
         return self.per_second / self.calm_per_second if self.calm_per_second else 0.0
 
     @property
+    def away(self) -> list[tuple[float, float]]:
+        """From when until when the database was."""
+        return [(began, ended) for name, began, ended in self.befell if name in AWAY]
+
+    @property
     def late(self) -> float:
         """By how many seconds 99 of 100 holds were given back at most after their time, or the database's return."""
-        return self.late_seconds[len(self.late_seconds) * 99 // 100] if self.late_seconds else 0.0
+        return self.lateness[len(self.lateness) * 99 // 100][0] if self.lateness else 0.0
+
+    @property
+    def latest(self) -> tuple[float, str]:
+        """By how many seconds the latest was, and what befell meanwhile or since shortly before."""
+        seconds, done = self.lateness[-1] if self.lateness else (0.0, 0.0)
+        since = done - seconds - BEFORE_SECONDS
+        names = [name for name, began, ended in self.befell if began < done and since < ended]
+        return seconds, ", ".join(names) or "no fault"
 
     @property
     def passed(self) -> bool:
@@ -291,7 +305,7 @@ async def run(
             await asyncio.sleep(SETTLE_SECONDS)
             say("auditing")
             outcome.report.add(await auditor.audit(Deployment.of(stack), history))
-            outcome.late_seconds = await auditor.lateness(stack.postgres_dsn("inventory"), outcome.away)
+            outcome.lateness = await auditor.lateness(stack.postgres_dsn("inventory"), outcome.away)
             outcome.calls = Counter(str(call.end) for call in history.calls)
             history.save(root / "history.jsonl")
         finally:
@@ -319,8 +333,7 @@ async def _trouble(
         say(name)
         began = time.time()
         await scene.faults[name]()
-        if name in AWAY:
-            outcome.away.append((began, time.time()))
+        outcome.befell.append((name, began, time.time()))
         outcome.faults[name] += 1
         outcome.back_seconds.append(await _back(history))
         await asyncio.sleep(max(0, due - time.monotonic()))
@@ -408,7 +421,7 @@ def show(console: Console, outcome: Outcome) -> None:
         ("goodput", f"{outcome.goodput:.2f}", f"{outcome.per_second:.0f} calls/s of {outcome.calm_per_second:.0f}"),
         ("back after", f"{max(outcome.back_seconds, default=0):.1f} s", "at most, until a reservation was answered"),
         ("expired late", f"{outcome.late:.2f} s",
-         f"p99 of {len(outcome.late_seconds):,}; at most {max(outcome.late_seconds, default=0):.2f} s"),
+         "p99 of {:,}; at most {:.2f} s ({})".format(len(outcome.lateness), *outcome.latest)),
         ("refusals justified", looked["refusals justified"], f"{looked['audits under load']} audits under load"),
     ]  # fmt: skip
     for row in rows:
@@ -460,7 +473,7 @@ def main() -> int:
             "calls": dict(outcome.calls), "goodput": round(outcome.goodput, 3),
             "looked_at": dict(outcome.report.looked_at), "violations": outcome.report.violations,
             "back_seconds": outcome.back_seconds, "late_seconds": outcome.late,
-            "late_seconds_max": max(outcome.late_seconds, default=0),
+            "latest": outcome.latest,
         }  # fmt: skip
         kept.write_text(json.dumps(figures, indent=2) + "\n")
     return int(not outcome.passed)
