@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from bench import analytics, costs, load, stage
-from bench.capacity import STAGE
+from bench.capacity import CLUSTER_CALLERS, STAGE
 from bench.load import Processes, Run, ghz, measure
 from bench.report import Results
 from bench.stage import Holdfasts, Servers
@@ -393,13 +393,13 @@ class Bench:
             few = open_.enter_context(stage.holdfast(self._stack, "few_shards", skus=SKUS, shards=FEW_SHARDS))
             many = open_.enter_context(stage.holdfast(self._stack, "many_shards", skus=SKUS, shards=MANY_SHARDS))
             for pods in (one, few, many):
-                self._reserve("warming up", pods, seconds=2)
+                self._reserve("warming up", pods, seconds=2, callers=CLUSTER_CALLERS)
             self.results.runs.pop("warming up")
             more = []
             for _ in range(self._scale.pairs):
-                single = self._reserve("Reserve, one database node", one)
-                cluster = self._reserve(f"Reserve, distributed, {FEW_SHARDS} shards", few)
-                spread = self._reserve(f"Reserve, distributed, {MANY_SHARDS} shards", many)
+                single = self._reserve("Reserve, one database node", one, callers=CLUSTER_CALLERS)
+                cluster = self._reserve(f"Reserve, distributed, {FEW_SHARDS} shards", few, callers=CLUSTER_CALLERS)
+                spread = self._reserve(f"Reserve, distributed, {MANY_SHARDS} shards", many, callers=CLUSTER_CALLERS)
                 self._ratio("citus_vs_postgres", cluster.rate / single.rate)
                 self._ratio("shards_growth", _cost(spread) / _cost(cluster))
                 more.append(cluster.cpu["database"] / single.cpu["database"])

@@ -26,6 +26,7 @@ from deploy.local.stack import REPOSITORY
 KEPT = Path(__file__).with_name("costs.json")
 MEASURED = REPOSITORY / ".local" / "bench.json"
 KINDS = ("availability", "reserve", "confirm", "cancel")
+CALLERS, CLUSTER_CALLERS = 64, 256  # a call of a cluster takes longer: it takes more of them to fill a machine
 STAGE = {"availability": 0.80, "reserve": 0.14, "confirm": 0.05, "cancel": 0.01}
 POD_BUSY = 0.6  # of the one core that a pod's loop can use: room for a pod that goes, and for bursts
 DATABASE_BUSY = 0.6
@@ -316,15 +317,19 @@ def check(measured: Mapping[str, Any]) -> list[Checked]:
     """Against every point that `make bench` has measured on its own."""
     costs = Costs.read(measured)
     points = {
-        "one reservation pod, one PostgreSQL": ("Reserve, one reservation pod", 1, 1.0),
-        "two reservation pods, one PostgreSQL": ("Reserve, two reservation pods", 2, 1.0),
-        "two reservation pods, a coordinator and two workers": ("Reserve, distributed, 8 shards", 2, costs.distributed),
-    }
+        "one reservation pod, one PostgreSQL": ("Reserve, one reservation pod", CALLERS, 1, 1.0),
+        "two reservation pods, one PostgreSQL": ("Reserve, two reservation pods", CALLERS, 2, 1.0),
+        "two reservation pods, a coordinator and two workers": (
+            "Reserve, distributed, 8 shards", CLUSTER_CALLERS, 2, costs.distributed,
+        ),
+    }  # fmt: skip
     return [
         Checked(
-            what, statistics.median(one["rate"] for one in measured["runs"][run]), closed_loop(costs, 64, pods, more)
+            what,
+            statistics.median(one["rate"] for one in measured["runs"][run]),
+            closed_loop(costs, callers, pods, more),
         )
-        for what, (run, pods, more) in points.items()
+        for what, (run, callers, pods, more) in points.items()
         if run in measured["runs"]
     ]
 

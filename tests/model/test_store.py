@@ -32,7 +32,7 @@ from services.reservation.domain import ChangeLine as ReservationLine
 from services.reservation.domain import Mode as ReservationMode
 from services.reservation.subjects import Identity
 from services.reservation.subjects import Kind as SubjectKind
-from shared.database import Connection, Database
+from shared.database import CONTESTED, Connection, Database
 from shared.outbox import OUTBOX
 from shared.refusal import Refusal
 from tests.integration.goods import change, hold
@@ -43,6 +43,8 @@ from tests.model.sim_redis import Client
 from tests.model.sim_redis import Store as Redis
 
 BOTH = pytest.mark.parametrize("kind", ["real", "simulated"])
+WAITING = "SELECT count(*) FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+WAITING_ON_NODES = "SELECT count(*) FROM citus_lock_waits"
 Dump = Callable[[], Awaitable[dict[str, Any]]]
 
 
@@ -81,12 +83,13 @@ class Tried:
                     return
             else:
                 async with self.database.connection() as connection:
-                    if await connection.fetchval(
-                        "SELECT count(*) FROM pg_stat_activity"
-                        " WHERE datname = current_database() AND wait_event_type = 'Lock'"
-                    ):
+                    if await connection.fetchval(WAITING_ON_NODES if await distributed(connection) else WAITING):
                         return
         raise AssertionError("it did not wait")
+
+
+async def distributed(connection: Connection) -> bool:
+    return bool(await connection.fetchval("SELECT EXISTS (SELECT 1 FROM pg_extension WHERE extname = 'citus')"))
 
 
 async def _at_once() -> None:
@@ -111,6 +114,8 @@ def _plain_row(row: Mapping[str, Any]) -> dict[str, Any]:
         kept["life"] = round((row["expires_at"] - row["created_at"]).total_seconds() / 10)
     if "outcome" in kept:
         kept["outcome"] = bool(kept["outcome"])
+    if "skus" in kept:  # in no order: the relay puts them in one
+        kept["skus"] = sorted(zip(kept["skus"], kept.pop("locations"), kept.pop("versions"), strict=True))
     return kept
 
 
@@ -138,6 +143,8 @@ def plain(value: Any) -> Any:
 async def outcome(work: Awaitable[Any]) -> Any:
     try:
         return plain(await work)
+    except CONTESTED:
+        return "contested"
     except (asyncpg.PostgresError, Refusal) as error:
         return plain(error)
 
@@ -511,6 +518,9 @@ async def test_a_transaction_sees_what_was_committed_before_each_statement(tried
 async def test_two_that_wait_for_each_other_are_a_deadlock(tried: Tried) -> None:
     """One is undone, the other goes on."""
     await stocked(tried)
+    async with tried.database.connection() as connection:
+        if tried.server is None and await distributed(connection):
+            pytest.skip("a cluster lets in one of two that write many shards, and then the other")
 
     async def both(connection: Connection, here: str, there: str, meet: asyncio.Barrier) -> None:
         async with connection.transaction():
