@@ -16,7 +16,9 @@ from deploy.local import stack as stacks
 from deploy.local.stack import free_port
 from services.inventory.cache import Ask, Cache, Seen
 from services.inventory.commands import Commands
+from services.inventory.domain import Adjustment, Change
 from shared.redis_client import Client, connect
+from tests.e2e.shop import new
 from tests.integration.goods import put
 from tests.integration.test_failures import (  # noqa: F401 - they run here too, with the client below
     test_lost_work_is_cancelled_and_taken_up_elsewhere,
@@ -82,13 +84,14 @@ async def test_many_keys_are_found_by_other_pods(commands: Commands, cache: Cach
     skus = [f"S{n}" for n in range(60)]
     for n, sku in enumerate(skus):
         await put(commands, sku, n + 1)
+    await commands.adjust([Adjustment(new(), sku, "MAIN", Change.RECEIVE, 1) for sku in skus])  # told at once
     await cache.close()
     assert isinstance(redis_client, redis.RedisCluster)
     sizes = await redis_client.dbsize(target_nodes=redis.RedisCluster.PRIMARIES)
     assert sizes == len(skus)
     other = Cache(None, redis_client, local_seconds=0, redis_seconds=2, keys_max=100)  # type: ignore[arg-type] # unasked
     seen = await other.read([Ask((sku, "MAIN")) for sku in skus])
-    assert [one.stock.on_hand for one in seen if isinstance(one, Seen)] == list(range(1, 61))
+    assert [one.stock.on_hand for one in seen if isinstance(one, Seen)] == list(range(2, 62))
 
 
 async def test_a_cluster_that_is_away_changes_no_answer(commands: Commands, cache: Cache) -> None:

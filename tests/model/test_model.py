@@ -472,8 +472,8 @@ def test_reservations_are_as_the_model_says_on_the_real_database(
 
     async def bring_to_end(name: str) -> None:
         for database, statement in (
-            (inventory_db, "UPDATE hold SET expires_at = clock_timestamp() WHERE hold_id = $1"),
-            (reservation_db, "UPDATE reservation SET expires_at = clock_timestamp() WHERE reservation_id = $1"),
+            (inventory_db, "UPDATE hold SET expires_at = statement_timestamp() WHERE hold_id = $1"),
+            (reservation_db, "UPDATE reservation SET expires_at = statement_timestamp() WHERE reservation_id = $1"),
         ):
             async with database.connection() as connection:
                 await connection.execute(statement, name)
