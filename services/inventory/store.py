@@ -2,6 +2,10 @@
 
 A function that takes part in a transaction takes `connection` first. Keys are always passed in
 ascending (sku, location); `shared.database` keeps the planner on that order.
+
+An INSERT that returns nothing is copied straight into a cluster's shards, which is cheap, but an id that is known is
+reported there without its code (`shared.database.CONTESTED`). So the inserts of the hot path return nothing, and the
+others what they have inserted.
 """
 
 import asyncio
@@ -428,7 +432,7 @@ def _stock(row: Record) -> Stock:
 async def place(connection: Connection, holds: Sequence[HoldRequest]) -> tuple[dict[Key, Stock], datetime]:
     """Place holds whose lines all name their location, and commit; the stock afterwards, and the time.
 
-    Raises asyncpg.DivisionByZeroError where a key is short, UniqueViolationError where a hold is known.
+    Raises asyncpg.DivisionByZeroError where a key is short, one of CONTESTED where a hold is known.
     """
     parts: dict[Key, list[tuple[str, int, int, int, str, str, bytes, timedelta]]] = {}
     for hold in holds:
@@ -466,7 +470,7 @@ async def change(
 
     Each change comes with the hold rows, as they were read, that it takes units from; with what that comes
     to; and with the hold's expiry. Raises asyncpg.DivisionByZeroError where a row is not as it was read, has
-    expired or belongs to stock that is short, UniqueViolationError where a change is known.
+    expired or belongs to stock that is short, one of CONTESTED where a change is known.
     """
     moves: dict[Key, list[tuple[str, str, str, int, int, int, int]]] = {}
     slots: dict[tuple[str, str, int], tuple[int, datetime, int, int]] = {}

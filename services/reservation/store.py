@@ -30,7 +30,8 @@ from shared.refusal import Refusal
 
 # New reservations with all that belongs to them and their events, in one statement and one round trip. Hashes come
 # in ascending order, as another pod may insert the same ones: it waits, and cannot be waited for.
-# One that is known undoes it all: then `KNOWN` tells which, and the others are inserted again.
+# One that is known undoes it all: then `KNOWN` tells which, and the others are inserted again. Nothing is returned, so
+# that a cluster copies rows straight into its shards.
 INSERT = """
 WITH made AS (
   INSERT INTO reservation (reservation_id, customer_id, state, mode, fingerprint, short_lines, expires_at,
@@ -154,7 +155,7 @@ async def insert(
 ) -> None:
     """Insert reservations, each with the payload of its event, and the hashes in these, and commit.
 
-    Raises asyncpg.UniqueViolationError where one is known; then none is inserted.
+    Raises one of `shared.database.CONTESTED` where one is known; then none is inserted.
     """
     ordered = sorted(decided, key=lambda one: one[0].reservation_id)
     rows = [
