@@ -86,12 +86,12 @@ def test_the_first_to_break_is_named_first(costs: Costs) -> None:
     assert skewed < even
 
 
-def test_what_was_measured_is_predicted_within_a_third() -> None:
+def test_what_was_measured_is_predicted_within_a_fifth() -> None:
     """Points that no cost was fitted to."""
     seen = check(json.loads(KEPT.read_text()))
-    assert len(seen) >= 2
+    assert len(seen) == 3
     for one in seen:
-        assert abs(one.off) <= 1 / 3, one
+        assert abs(one.off) <= 0.2, one
 
 
 @pytest.mark.parametrize(
