@@ -15,7 +15,7 @@ from services.inventory.domain import (
     Mode,
     sum_lines,
 )
-from shared.database import Database
+from shared.database import Connection, Database
 
 
 async def put(commands: Commands, sku: str, units: int, location: str = "MAIN", priority: int = 0) -> None:
@@ -33,6 +33,11 @@ async def put(commands: Commands, sku: str, units: int, location: str = "MAIN", 
         )
     (answer,) = await commands.adjust([Adjustment(uuid4().hex, sku, location, Change.RECEIVE, units)])
     assert not isinstance(answer, Exception)
+
+
+async def distributed(connection: Connection) -> bool:
+    """Whether the database is spread over a cluster."""
+    return bool(await connection.fetchval("SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')"))
 
 
 def hold(

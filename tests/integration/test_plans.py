@@ -6,6 +6,7 @@ from services.inventory import store as inventory
 from services.reservation import store as reservation
 from shared import outbox
 from shared.database import Database
+from tests.integration.goods import distributed
 
 ROWS = 200_000
 KEYS = "array['S000100', 'S000200'], array['MAIN', 'MAIN']"
@@ -105,8 +106,8 @@ async def test_the_relay_reads_and_deletes_by_index(inventory_db: Database) -> N
 async def assert_by_index(database: Database, statement: str, arguments: str) -> None:
     async with database.connection() as connection:
         # Citus plans with the parameters, as they tell it the shard.
-        distributed = await connection.fetchval("SELECT EXISTS (SELECT FROM pg_extension WHERE extname = 'citus')")
-        for mode in ("force_custom_plan",) if distributed else ("force_custom_plan", "force_generic_plan"):
+        modes = ("force_custom_plan",) if await distributed(connection) else ("force_custom_plan", "force_generic_plan")
+        for mode in modes:
             await connection.execute(f"SET plan_cache_mode = {mode}")
             await connection.execute(f"PREPARE hot AS {statement}")
             rows = await connection.fetch(f"EXPLAIN EXECUTE hot ({arguments})")
