@@ -22,7 +22,9 @@ How a hold is decided, when many pods decide at once:
 
 Stock rows are always locked before hold rows are touched, and always in ascending (sku, location): two
 transactions cannot wait for each other. A hold's rows change only under its stock rows' locks, so commit,
-release, extension, reclaim and sweep of one hold are serial, and each is whole or not at all.
+release, extension, reclaim and sweep of one hold are serial, and each is whole or not at all. Commits, releases and
+sweeps are tried as holds are: in one statement over rows as they were read (`store.CHANGE`), which is undone where
+one is no longer so; then exactly.
 
 Time is the database's, read after the locks were granted: a hold whose time has come by then has
 expired, and recorded times never run backwards within a key.

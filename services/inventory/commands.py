@@ -41,12 +41,13 @@ from shared.refusal import Refusal
 from shared.workers import turns
 
 SWEEP_HOLDS_MAX = 500
+SWEEP_LOOKS = 2  # before keys are locked: who was first to what is due was another pod, most of the time
 IMPORT_CHUNK_ROWS = 500
 AT_ONCE_LINES_MAX = 1_000
 RECONCILE_KEYS = 500
 RECONCILE_REST = 9
 DRIFTS_MAX = 20
-_LONG_AGO = datetime.min.replace(tzinfo=UTC)
+_EARLY, _LATE = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UTC)
 Answer = TypeVar("Answer", bound=Message)
 
 
@@ -240,11 +241,11 @@ class Commands:
         return await self._commit(lambda connection: self._change_exactly(connection, changes))
 
     async def _change_at_once(self, changes: Sequence[HoldChange]) -> list[Changed | Refusal] | None:
-        """Commit and release in one statement, from rows as they are read; None where it takes more than that."""
+        """Commit, release, expire in one statement, from rows as they are read; None where it takes more than that."""
         if (
             len({change.hold_id for change in changes}) < len(changes)
             or sum(len(change.lines) for change in changes) > AT_ONCE_LINES_MAX
-            or not all(change.kind in {Kind.COMMIT, Kind.RELEASE} for change in changes)
+            or any(change.kind is Kind.HOLD for change in changes)
         ):
             return None
         try:
@@ -254,10 +255,13 @@ class Commands:
                 made = []
                 for change in changes:
                     rows = holds.get(change.hold_id, ())
-                    taken = domain.take(change, rows, _LONG_AGO)
-                    if not taken:
+                    # Whether its time has come is for the statement to say.
+                    expiring = change.kind is Kind.EXPIRE
+                    taken = domain.expire(change, rows, _LATE) if expiring else domain.take(change, rows, _EARLY)
+                    if not taken and not expiring:
                         return None
-                    made.append((change, taken, _allocations(taken), max(row.expires_at for row in rows)))
+                    allocations = _ever_expired(rows, taken) if expiring else _allocations(taken)
+                    made.append((change, taken, allocations, max(row.expires_at for row in rows)))
                 stocks, now = await store.change(connection, made)
         except (*RETRIED, asyncpg.DivisionByZeroError, Refusal):
             return None
@@ -320,12 +324,15 @@ class Commands:
 
     async def sweep(self, holds_max: int = SWEEP_HOLDS_MAX) -> int:
         """Expire holds whose time has come; return how many rows. Two sweepers at once do no harm."""
+        due: list[HoldRow] = []
+        for _ in range(SWEEP_LOOKS):
+            async with self._database.connection() as connection:
+                due = await store.expired(connection, holds_max)
+                if not due or await self._expire_at_once(connection, due):
+                    return len(due)
 
         async def work(connection: Connection) -> tuple[int, Shelf, datetime]:
-            keys = await store.expired(connection, holds_max)
-            if not keys:
-                return 0, Shelf({}), datetime.min  # noqa: DTZ901 - not used
-            before, now = await store.lock(connection, keys)
+            before, now = await store.lock(connection, {row.key for row in due})
             shelf = Shelf(dict(before))
             swept = await self._reclaim(connection, shelf, before, now)
             await store.save(connection, before, shelf.stocks, now)
@@ -333,6 +340,23 @@ class Commands:
             return swept, shelf, now
 
         return await self._commit(work)
+
+    async def _expire_at_once(self, connection: Connection, due: Sequence[HoldRow]) -> bool:
+        """Expire holds in one statement, from rows as they were read; whether they still were so."""
+        try:
+            stocks, now = await store.change(
+                connection,
+                [
+                    (HoldChange(row.hold_id, "", Kind.EXPIRE, (), b""), [(row, row.held)], (), row.expires_at)
+                    for row in due
+                ],
+            )
+        except (*RETRIED, asyncpg.DivisionByZeroError):
+            return False
+        self._cache.wrote(stocks.values(), now)
+        for row in due:
+            metrics.EXPIRY_DELAY_SECONDS.observe((now - row.expires_at).total_seconds())
+        return True
 
     async def reconcile(self, keys_max: int = RECONCILE_KEYS) -> tuple[int, list[Drift]]:
         """Compare counters, ledger and open holds of every key that has moved since it was last compared.
@@ -678,10 +702,10 @@ def _apply(
         return Changed(change.hold_id, (), until, now)
     if change.kind is Kind.EXPIRE:
         parts = domain.expire(change, rows, now)
-        total = {(row.sku, row.location): row.expired for row in rows if row.location}
+        allocations = _ever_expired(rows, parts)
     else:
         parts = domain.take(change, rows, now)
-        total = {}
+        allocations = _allocations(parts)
     for row, quantity in parts:
         shelf.move(
             row.key,
@@ -691,21 +715,20 @@ def _apply(
             hold_id=change.hold_id,
             request_id="" if change.kind is Kind.EXPIRE else change.request_id,
         )
-        total[row.key] = total.get(row.key, 0) + quantity
     taken[change.kind] += parts
-    return Changed(
-        change.hold_id,
-        tuple(Allocation(*key, units) for key, units in sorted(total.items()) if units),
-        max(row.expires_at for row in rows),
-        now,
-    )
+    return Changed(change.hold_id, allocations, max(row.expires_at for row in rows), now)
 
 
 def _allocations(taken: Iterable[tuple[HoldRow, int]]) -> tuple[Allocation, ...]:
     units: dict[Key, int] = {}
     for row, quantity in taken:
         units[row.key] = units.get(row.key, 0) + quantity
-    return tuple(Allocation(*key, quantity) for key, quantity in sorted(units.items()))
+    return tuple(Allocation(*key, quantity) for key, quantity in sorted(units.items()) if quantity)
+
+
+def _ever_expired(rows: Iterable[HoldRow], expiring: Iterable[tuple[HoldRow, int]]) -> tuple[Allocation, ...]:
+    """What has expired of a hold with what does now."""
+    return _allocations([*((row, row.expired) for row in rows), *expiring])
 
 
 def _after(

@@ -35,6 +35,7 @@ from shared.database import Connection, Record, fetch, unavailable
 
 LOOKS_MAX = 20
 LOOK_SECONDS = 0.01
+LEAVING = (Kind.COMMIT, Kind.RELEASE, Kind.EXPIRE)  # how units leave a hold, in order of its columns
 COUNTERS = "on_hand, stock.held, safety_stock, backorder_limit, short, stock.version, stock.active"
 STOCK_COLUMNS = f"stock.sku, stock.location, {COUNTERS}"
 # The time after what was locked, by the clock of the server that is asked: of a cluster the one that everybody asks.
@@ -80,10 +81,11 @@ WITH taken AS (
 )
 SELECT {STOCK_COLUMNS.replace("stock.", "taken.")}, paid.time FROM taken CROSS JOIN paid
 """
-# A batch of commits and releases in one statement and one round trip, as PLACE is for holds. $1 to $6 are
+# A batch of commits, releases and expiries in one statement and one round trip, as PLACE is for holds. $1 to $6 are
 # the keys in order with what goes off the shelf and out of `held`; $7 to $13 their movements in order of the
-# keys, with running sums; $14 to $20 the hold rows as they were read; $21 to $27 what a repeat will find. A hold
-# row that is no longer as it was read, or whose time had come when the last key was locked, divides by zero.
+# keys, with running sums; $14 to $21 the hold rows as they were read; $22 to $28 what a repeat will find. A hold row
+# divides by zero when it is no longer as it was read, or when its time had come by the time that the last key was
+# locked; one that expires, when it had not.
 CHANGE = f"""
 WITH taken AS (
   UPDATE stock SET on_hand = on_hand - gone.sold, held = stock.held - gone.held, version = version + gone.movements,
@@ -96,18 +98,20 @@ WITH taken AS (
 ), paid AS (
   SELECT {CLOCK} AS time FROM taken HAVING 1 / (count(*) = cardinality($1))::int = 1
 ), left_ AS (
-  UPDATE hold SET held = hold.held - part.committed - part.released, committed = hold.committed + part.committed,
-                  released = hold.released + part.released
+  UPDATE hold SET held = hold.held - part.committed - part.released - part.expired,
+                  committed = hold.committed + part.committed, released = hold.released + part.released,
+                  expired = hold.expired + part.expired
   FROM unnest($14::text[], $15::text[], $16::smallint[], $17::bigint[], $18::timestamptz[], $19::bigint[],
-              $20::bigint[])
-    AS part (sku, hold_id, slot, held, expires_at, committed, released) CROSS JOIN paid
+              $20::bigint[], $21::bigint[])
+    AS part (sku, hold_id, slot, held, expires_at, committed, released, expired) CROSS JOIN paid
   WHERE hold.sku = part.sku AND hold.hold_id = part.hold_id AND hold.slot = part.slot
-    AND hold.held = part.held AND hold.expires_at = part.expires_at AND hold.expires_at > paid.time
+    AND hold.held = part.held AND hold.expires_at = part.expires_at
+    AND (hold.expires_at <= paid.time) = (part.expired > 0)
   RETURNING hold.hold_id
 ), made AS (
   INSERT INTO hold_change (sku, hold_id, request_id, kind, fingerprint, allocations, expires_at, created_at)
   SELECT sku, hold_id, request_id, kind, fingerprint, allocations::jsonb, expires_at, paid.time
-  FROM unnest($21::text[], $22::text[], $23::text[], $24::text[], $25::bytea[], $26::text[], $27::timestamptz[])
+  FROM unnest($22::text[], $23::text[], $24::text[], $25::text[], $26::bytea[], $27::text[], $28::timestamptz[])
     AS change (sku, hold_id, request_id, kind, fingerprint, allocations, expires_at) CROSS JOIN paid
 ), moved AS (
   INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
@@ -126,7 +130,7 @@ WITH taken AS (
   ) WITH ORDINALITY AS part (hold_id, request_id, kind, sold, held, running_sold, running_held, ordinal)
 ), told AS (
   INSERT INTO movement_outbox (skus, locations, versions, recorded_at, traceparent)
-  SELECT array_agg(sku), array_agg(location), array_agg(number), min(paid.time), $28
+  SELECT array_agg(sku), array_agg(location), array_agg(number), min(paid.time), $29
   FROM paid CROSS JOIN taken CROSS JOIN generate_series(taken.version - taken.movements + 1, taken.version) AS number
 )
 SELECT {STOCK_COLUMNS.replace("stock.", "taken.")}, paid.time FROM taken CROSS JOIN paid
@@ -228,13 +232,8 @@ SELECT hold.* FROM unnest($1::text[], $2::text[]) AS key (sku, location)
 WHERE hold.held > 0 AND hold.expires_at <= $3
 ORDER BY hold.sku, hold.location, hold.expires_at
 """
-# Which holds' time has come: unlocked, only to know which keys to lock.
-EXPIRED = """
-SELECT DISTINCT sku, location FROM (
-  SELECT sku, location FROM hold WHERE held > 0 AND expires_at <= now()
-  ORDER BY expires_at LIMIT $1
-) AS due
-"""
+# Holds whose time has come, as they are read without a lock.
+EXPIRED = "SELECT * FROM hold WHERE held > 0 AND expires_at <= now() ORDER BY expires_at LIMIT $1"
 NEXT_EXPIRY = """
 SELECT stock.sku, stock.location, (
   SELECT min(expires_at) FROM hold WHERE hold.sku = stock.sku AND hold.location = stock.location AND hold.held > 0
@@ -419,10 +418,9 @@ def affected(status: str) -> int:
     return int(status.rsplit(" ", 1)[1])
 
 
-def split(keys: Iterable[Sequence[Any]]) -> list[list[Any]]:
-    """Rows to columns; two empty ones when there are no rows."""
-    columns = [list(column) for column in zip(*keys, strict=True)]
-    return columns or [[], []]
+def split(rows: Iterable[Sequence[Any]], columns: int = 2) -> list[list[Any]]:
+    """Rows to columns, so many empty ones when there are no rows."""
+    return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(columns)]
 
 
 def _stock(row: Record) -> Stock:
@@ -466,29 +464,31 @@ async def change(
     connection: Connection,
     changes: Sequence[tuple[HoldChange, Sequence[tuple[HoldRow, int]], Sequence[Allocation], datetime]],
 ) -> tuple[dict[Key, Stock], datetime]:
-    """Commit and release, and commit; answers as `place` does.
+    """Commit, release and expire, and commit; answers as `place` does.
 
     Each change comes with the hold rows, as they were read, that it takes units from; with what that comes
     to; and with the hold's expiry. Raises asyncpg.DivisionByZeroError where a row is not as it was read, has
-    expired or belongs to stock that is short, one of CONTESTED where a change is known.
+    expired (or not, where it is to), or belongs to stock that is short; one of CONTESTED where a change is known.
+    An expiry of nothing is none; others are not remembered, since the hold itself tells of them.
     """
     moves: dict[Key, list[tuple[str, str, str, int, int, int, int]]] = {}
-    slots: dict[tuple[str, str, int], tuple[int, datetime, int, int]] = {}
+    slots: dict[tuple[str, str, int], tuple[int, datetime, dict[Kind, int]]] = {}
     for change, parts, _, _ in changes:
-        committing = change.kind is Kind.COMMIT
         for row, units in parts:
             part = moves.setdefault(row.key, [])
-            sold = units if committing else 0
+            sold = units if change.kind is Kind.COMMIT else 0
             sold_before, held_before = part[-1][5:] if part else (0, 0)
             part.append(
                 (
-                    change.hold_id, change.request_id, change.kind.value, sold, units, sold_before + sold,
-                    held_before + units,
+                    change.hold_id, "" if change.kind is Kind.EXPIRE else change.request_id, change.kind.value, sold,
+                    units, sold_before + sold, held_before + units,
                 )
             )  # fmt: skip
             slot = (row.sku, row.hold_id, row.slot)
-            _, _, committed, released = slots.get(slot, (0, row.expires_at, 0, 0))
-            slots[slot] = (row.held, row.expires_at, committed + sold, released + units - sold)
+            _, _, going = slots.setdefault(slot, (row.held, row.expires_at, dict.fromkeys(LEAVING, 0)))
+            going[change.kind] += units
+    if not moves:
+        return {}, await _clock(connection)
     gone: list[tuple[str, str, int, int, int, int]] = []
     first = 1
     for key in sorted(moves):
@@ -499,8 +499,11 @@ async def change(
         CHANGE,
         *split(gone),
         *split(row for key in sorted(moves) for row in moves[key]),
-        *split((*slot, *slots[slot]) for slot in sorted(slots)),
-        *split(_change_rows((change, allocations, until) for change, _, allocations, until in changes)),
+        *split((*slot, held, until, *going.values()) for slot, (held, until, going) in sorted(slots.items())),
+        *split(
+            _change_rows((one, parts, until) for one, _, parts, until in changes if one.kind is not Kind.EXPIRE),
+            columns=7,
+        ),
         telemetry.traceparent(),
     )
     return {(row["sku"], row["location"]): _stock(row) for row in rows}, rows[0]["time"]
@@ -509,8 +512,13 @@ async def change(
 async def lock(connection: Connection, keys: Iterable[Key]) -> tuple[dict[Key, Stock], datetime]:
     """Lock keys and read them; with the database's time after the last lock. Missing keys are left out."""
     rows = await connection.fetch(LOCK, *split(sorted(set(keys))))
-    now = _latest(rows) or await connection.fetchval("SELECT clock_timestamp()")
+    now = _latest(rows) or await _clock(connection)
     return {(row["sku"], row["location"]): _stock(row) for row in rows}, now
+
+
+async def _clock(connection: Connection) -> datetime:
+    time: datetime = await connection.fetchval("SELECT clock_timestamp()")
+    return time
 
 
 def _latest(rows: Sequence[Record]) -> datetime | None:
@@ -546,7 +554,7 @@ async def read_stock(connection: Connection, keys: Iterable[Key]) -> dict[Key, t
     """Each key's stock, of version 0 where there is none, and the time as of which it is so."""
     asked = sorted(set(keys))
     rows = await connection.fetch(READ_STOCK, *split(asked))
-    now = rows[0]["time"] if rows else await connection.fetchval("SELECT clock_timestamp()")
+    now = rows[0]["time"] if rows else await _clock(connection)
     found = {(row["sku"], row["location"]): (_stock(row), row["time"]) for row in rows}
     return {key: found.get(key, (Stock(*key), now)) for key in asked}
 
@@ -632,7 +640,7 @@ async def move_holds(connection: Connection, kind: Kind, taken: Iterable[tuple[H
     slots = sorted(totals)
     counts = [totals[slot] for slot in slots]
     none = [0] * len(slots)
-    columns = [counts if kind is column else none for column in (Kind.COMMIT, Kind.RELEASE, Kind.EXPIRE)]
+    columns = [counts if kind is column else none for column in LEAVING]
     status = await connection.execute(MOVE_HOLDS, *split(slots), *columns)
     if affected(status) != len(slots):
         raise AssertionError("holds changed under their lock")
@@ -649,8 +657,9 @@ async def expired_on_keys(connection: Connection, keys: Iterable[Key], now: date
     return [_hold(row) for row in rows]
 
 
-async def expired(connection: Connection, holds_max: int) -> list[Key]:
-    return [(row["sku"], row["location"]) for row in await connection.fetch(EXPIRED, holds_max)]
+async def expired(connection: Connection, holds_max: int) -> list[HoldRow]:
+    """The holds whose time came first, not locked."""
+    return [_hold(row) for row in await connection.fetch(EXPIRED, holds_max)]
 
 
 async def next_expiry(connection: Connection, keys: Iterable[Key]) -> dict[Key, datetime]:

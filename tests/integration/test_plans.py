@@ -43,7 +43,7 @@ HOT = {
     " array[interval '1 h', '1 h'], ''",
     "CHANGE": f"{KEYS}, array[1, 1], array[1, 1], array[1, 1], array[1, 2], array['h100', 'h200'], array['r', 'r'],"
     " array['COMMIT', 'COMMIT'], array[1, 1], array[1, 1], array[1, 1], array[1, 1],"
-    f" {IDS}, array[0, 0], array[1, 1], array[now(), now()], array[1, 1], array[0, 0],"
+    f" {IDS}, array[0, 0], array[1, 1], array[now(), now()], array[1, 1], array[0, 0], array[0, 0],"
     f" {IDS}, array['r', 'r'], array['COMMIT', 'COMMIT'], array[''::bytea, ''], array['[]', '[]'],"
     " array[now(), now()], ''",
     "LOCK": KEYS,

@@ -203,9 +203,9 @@ def _movement(
 async def _change(t: Transaction, *arguments: Any) -> list[Record]:
     gone = _rows("sku location sold held movements first", *arguments[:6])
     parts = _rows("hold_id request_id kind sold held running_sold running_held", *arguments[6:13])
-    slots = _rows("sku hold_id slot held expires_at committed released", *arguments[13:20])
-    changes = _rows("sku hold_id request_id kind fingerprint allocations expires_at", *arguments[20:27])
-    traceparent = arguments[27]
+    slots = _rows("sku hold_id slot held expires_at committed released expired", *arguments[13:21])
+    changes = _rows("sku hold_id request_id kind fingerprint allocations expires_at", *arguments[21:28])
+    traceparent = arguments[28]
     taken = []
     for one in gone:
         row = await t.update(
@@ -227,11 +227,12 @@ async def _change(t: Transaction, *arguments: Any) -> list[Record]:
             "hold",
             (slot["sku"], slot["hold_id"], slot["slot"]),
             lambda row, slot=slot: {  # type: ignore[misc]
-                "held": row["held"] - slot["committed"] - slot["released"],
+                "held": row["held"] - slot["committed"] - slot["released"] - slot["expired"],
                 "committed": row["committed"] + slot["committed"], "released": row["released"] + slot["released"],
+                "expired": row["expired"] + slot["expired"],
             },
             lambda row, slot=slot: row["held"] == slot["held"]  # type: ignore[misc]
-            and row["expires_at"] == slot["expires_at"] and row["expires_at"] > time,
+            and row["expires_at"] == slot["expires_at"] and (row["expires_at"] <= time) == (slot["expired"] > 0),
         )  # fmt: skip
         left += row is not None
     for change in changes:
@@ -416,8 +417,7 @@ async def _expired_on_keys(t: Transaction, skus: Texts, locations: Texts, now: d
 @_runs(inventory.EXPIRED)
 async def _expired(t: Transaction, limit: int) -> list[Record]:
     due = [row for row in t.scan("hold") if row["held"] > 0 and row["expires_at"] <= t.began]
-    keys = {(row["sku"], row["location"]) for row in _by(due, "expires_at")[:limit]}
-    return [Record(_row("sku location", *key)) for key in sorted(keys)]
+    return [Record(row) for row in _by(due, "expires_at")[:limit]]
 
 
 @_runs(inventory.NEXT_EXPIRY)

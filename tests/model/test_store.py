@@ -432,12 +432,17 @@ async def test_a_hold_may_take_what_is_available_and_no_more(
 
 
 @BOTH
-@pytest.mark.parametrize("meanwhile", ["sold", "extended", "expired"])
-async def test_a_change_decided_from_a_row_that_is_no_longer_so_is_undone(tried: Tried, meanwhile: str) -> None:
-    """A hold row with other units or another expiry than was read, or whose time has come: nothing is written."""
+@pytest.mark.parametrize(
+    ("meanwhile", "asking"),
+    [("sold", Kind.COMMIT), ("extended", Kind.COMMIT), ("expired", Kind.COMMIT), ("nothing", Kind.EXPIRE)],
+)
+async def test_a_change_decided_from_a_row_that_is_no_longer_so_is_undone(
+    tried: Tried, meanwhile: str, asking: Kind
+) -> None:
+    """A hold row with other units or expiry than was read, or whose time has come, or has not: nothing is written."""
     await stocked(tried)
     asked = dataclasses.replace(hold("h", ("A", "X", 3)), ttl=timedelta(seconds=0 if meanwhile == "expired" else 60))
-    wanted = change("h", Kind.COMMIT, ("A", "", 2), request_id="c")
+    wanted = change("h", asking, ("A", "", 2), request_id="c")
     async with tried.database.connection() as connection:
         await store.place(connection, [asked])
         (row,) = (await store.read_holds(connection, [("A", "h")]))["h"]
