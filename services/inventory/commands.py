@@ -248,23 +248,15 @@ class Commands:
             or any(change.kind is Kind.HOLD for change in changes)
         ):
             return None
-        try:
-            async with self._database.connection() as connection:
-                ids = {(sku, change.hold_id) for change in changes for sku in change.skus}
-                holds = await store.read_holds(connection, ids)
-                made = []
-                for change in changes:
-                    rows = holds.get(change.hold_id, ())
-                    # Whether its time has come is for the statement to say.
-                    expiring = change.kind is Kind.EXPIRE
-                    taken = domain.expire(change, rows, _LATE) if expiring else domain.take(change, rows, _EARLY)
-                    if not taken and not expiring:
-                        return None
-                    allocations = _ever_expired(rows, taken) if expiring else _allocations(taken)
-                    made.append((change, taken, allocations, max(row.expires_at for row in rows)))
+        async with self._database.connection() as connection:
+            holds = await store.read_holds(connection, {(sku, one.hold_id) for one in changes for sku in one.skus})
+            try:
+                made = [_taking(change, holds.get(change.hold_id, ())) for change in changes]
+                if not all(taken or change.kind is Kind.EXPIRE for change, taken, _, _ in made):
+                    return None
                 stocks, now = await store.change(connection, made)
-        except (*RETRIED, asyncpg.DivisionByZeroError, Refusal):
-            return None
+            except (*CONTESTED, asyncpg.DivisionByZeroError, Refusal):
+                return None
         self._cache.wrote(stocks.values(), now)
         return [Changed(change.hold_id, allocations, until, now) for change, _, allocations, until in made]
 
@@ -717,6 +709,19 @@ def _apply(
         )
     taken[change.kind] += parts
     return Changed(change.hold_id, allocations, max(row.expires_at for row in rows), now)
+
+
+def _taking(
+    change: HoldChange, rows: Sequence[HoldRow]
+) -> tuple[HoldChange, list[tuple[HoldRow, int]], tuple[Allocation, ...], datetime]:
+    """What a change takes from a hold's rows as they were read. Whether its time has come `store.change` says."""
+    if change.kind is Kind.EXPIRE:
+        taken = domain.expire(change, rows, _LATE)
+        allocations = _ever_expired(rows, taken)
+    else:
+        taken = domain.take(change, rows, _EARLY)
+        allocations = _allocations(taken)
+    return change, taken, allocations, max(row.expires_at for row in rows)
 
 
 def _allocations(taken: Iterable[tuple[HoldRow, int]]) -> tuple[Allocation, ...]:
