@@ -388,7 +388,9 @@ class Bench:
         if not self._stack.citus_dsn:
             return
         with contextlib.ExitStack() as open_:
-            plain = open_.enter_context(Stack(self._root / "plain").start(fresh=True))
+            plain = Stack(self._root / "plain")
+            open_.callback(plain.erase)
+            open_.enter_context(plain.start(fresh=True))
             one = open_.enter_context(stage.holdfast(plain, "one", skus=SKUS))
             few = open_.enter_context(stage.holdfast(self._stack, "few_shards", skus=SKUS, shards=FEW_SHARDS))
             many = open_.enter_context(stage.holdfast(self._stack, "many_shards", skus=SKUS, shards=MANY_SHARDS))
@@ -458,13 +460,12 @@ def main() -> int:
     root.mkdir(parents=True, exist_ok=True)
     console = Console(highlight=False)
     columns = (TextColumn("  {task.description}"), BarColumn(30), TimeElapsedColumn())
+    stack = Stack(root / "stack", citus_dsn=os.environ.get("CITUS_DSN", ""))
     try:
-        with (
-            Stack(root / "stack", citus_dsn=os.environ.get("CITUS_DSN", "")).start(fresh=True) as stack,
-            Progress(*columns, console=console) as progress,
-        ):
+        with stack.start(fresh=True), Progress(*columns, console=console) as progress:
             bench = Bench(root, QUICK if quick else FULL, stack, progress)
             bench.everything()
+        stack.erase()
     except StackError as error:
         console.print(f"[bold red]The benchmark cannot run:[/] {error}", soft_wrap=True)
         return 1
