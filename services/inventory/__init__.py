@@ -15,8 +15,12 @@ How a hold is decided, when many pods decide at once:
 1. *Optimistic.* The whole batch's demand, summed for each key, in one guarded UPDATE over the sorted
    keys; a line that leaves its location open asks its first source. If each key comes back, each is
    locked and paid for, and holds, movements and what the relay needs are written by the same statement.
-2. *Exact*, when a key was short, a hold id was known or named twice, or less than all may do. All keys
-   that could be touched are locked in sorted order, expired holds on them are reclaimed, and requests
+2. *Refused at once.* Of a batch that failed so, or that names a SKU of which somebody was refused lately, those
+   for which there is not enough are told apart by stock that is read without a lock. One statement
+   (`store.REFUSE`) remembers that they were refused, if no key has moved since and no hold on it has expired.
+   The others go the first way, whatever is sold out beside them.
+3. *Exact*, for the last units of a key, when a hold id was known or named twice, or less than all may do. All
+   keys that could be touched are locked in sorted order, expired holds on them are reclaimed, and requests
    are decided one after the other, in order of arrival, from the locked rows. No second round is
    needed: nothing can change under the locks.
 

@@ -40,6 +40,7 @@ from shared.database import CONTESTED, RETRIED, Connection, Database, Record
 from shared.refusal import Refusal
 from shared.workers import turns
 
+SHORT_SKUS_MAX = 100_000
 SWEEP_HOLDS_MAX = 500
 SWEEP_LOOKS = 2  # before keys are locked: who was first to what is due was another pod, most of the time
 IMPORT_CHUNK_ROWS = 500
@@ -65,35 +66,52 @@ class Commands:
     def __init__(self, database: Database, cache: Cache) -> None:
         self._database = database
         self._cache = cache
+        self._short: set[str] = set()  # SKUs of which somebody was refused lately: whom to look at first
 
     # -- holds ------------------------------------------------------------------------------------
 
     async def place(self, requests: Sequence[HoldRequest]) -> list[Placed | Refusal]:
-        """Place holds in order of arrival; a repeat gets its first outcome."""
-        taken = await self._place_at_once(requests)
-        if taken is not None:
-            return taken
-        return await self._commit(lambda connection: self._place_exactly(connection, requests))
+        """Place holds in order of arrival; a repeat gets its first outcome.
 
-    async def _place_at_once(self, requests: Sequence[HoldRequest]) -> list[Placed | Refusal] | None:
-        """Place them all in one statement; None, and nothing is changed, where it takes more than that."""
+        Those for which there is not enough are told apart from the others, and do not cost them the fast way: first
+        where somebody was refused the same SKU before, else once it has failed.
+        """
         if (
             len({request.hold_id for request in requests}) < len(requests)
             or sum(len(request.lines) for request in requests) > AT_ONCE_LINES_MAX
-            or not all(request.mode is Mode.ALL for request in requests)
         ):
-            return None
+            return await self._commit(lambda connection: self._place_exactly(connection, requests))
+        answers: dict[str, Placed | Refusal] = {}
+        left = requests
+        hurried = not any(line.sku in self._short for request in requests for line in request.lines)
+        if hurried:
+            answers |= await self._place_at_once(left)
+        if not answers:
+            answers |= await self._refuse_at_once(requests)
+            left = [request for request in requests if request.hold_id not in answers]
+            if answers or not hurried:
+                answers |= await self._place_at_once(left)
+        left = [request for request in left if request.hold_id not in answers]
+        if left:
+            exactly = await self._commit(lambda connection: self._place_exactly(connection, left))
+            answers |= zip((request.hold_id for request in left), exactly, strict=True)
+        return [answers[request.hold_id] for request in requests]
+
+    async def _place_at_once(self, requests: Sequence[HoldRequest]) -> dict[str, Placed]:
+        """Place them all in one statement; none of them, and nothing is changed, where it takes more than that."""
+        if not requests or not all(request.mode is Mode.ALL for request in requests):
+            return {}
         async with self._database.connection() as connection:
             try:
                 located = await self._locate(connection, requests)
                 if located is None:
-                    return None
+                    return {}
                 stocks, now = await store.place(connection, located)
             except (*CONTESTED, asyncpg.DivisionByZeroError):
-                return None
+                return {}
         self._cache.wrote(stocks.values(), now)
-        return [
-            Placed(
+        return {
+            request.hold_id: Placed(
                 request.hold_id,
                 tuple(Allocation(line.sku, line.location, line.quantity) for line in request.lines),
                 (),
@@ -101,7 +119,46 @@ class Commands:
                 now + request.ttl,
             )
             for request in located
-        ]
+        }
+
+    async def _refuse_at_once(self, requests: Sequence[HoldRequest]) -> dict[str, Placed]:
+        """Refuse in one statement those for which there is not enough, by stock as it is read; nobody if it moves."""
+        lines = [line for request in requests for line in request.lines]
+        async with self._database.connection() as connection:
+            open_skus = {line.sku for line in lines if not line.location}
+            sources = await store.sources(connection, open_skus) if open_skus else {}
+            keys = {line: _keys(line.sku, line.location, sources) for line in lines}
+            seen = await store.look(connection, {key for some in keys.values() for key in some})
+            shelf = Shelf({key: stock for key, (stock, _) in seen.items() if stock.active})
+            plans = {
+                request.hold_id: (request, plan)
+                for request in requests
+                if all(keys[line] and all(key in shelf.stocks for key in keys[line]) for line in request.lines)
+                and not (plan := domain.plan(request, shelf, sources)).allocations
+            }
+            self._short -= {line.sku for line in lines}
+            if not plans:
+                return {}
+            short = {line.sku for _, plan in plans.values() for line in plan.short_lines}
+            self._short = short if len(self._short) > SHORT_SKUS_MAX else self._short | short
+            deciding = {key for request, _ in plans.values() for line in request.lines for key in keys[line]}
+            until = {key: expiry for key in deciding if (expiry := seen[key][1])}
+            explained = _explained(plans, sources, until)
+            rows = [
+                (request, sku, [line for line in plan.short_lines if line.sku == sku])
+                for request, plan in explained.values()
+                for sku in {line.sku for line in request.lines}
+            ]
+            try:
+                now = await store.refuse(
+                    connection, [shelf.stocks[key] for key in deciding], rows, min(until.values(), default=None)
+                )
+            except (*CONTESTED, asyncpg.DivisionByZeroError):
+                return {}
+        return {
+            hold_id: Placed(hold_id, (), plan.short_lines, now, now + request.ttl)
+            for hold_id, (request, plan) in explained.items()
+        }
 
     async def _locate(self, connection: Connection, requests: Sequence[HoldRequest]) -> Sequence[HoldRequest] | None:
         """Give each open line its first source: where that one alone can meet it, it is the one to take."""
@@ -150,7 +207,14 @@ class Commands:
                 _book(shelf, request, plan)
                 answers.append(None)
 
-        await self._explain(connection, plans, sources)
+        doubtful = {
+            key
+            for _, plan in plans.values()
+            for line in plan.short_lines
+            for key in _keys(line.sku, line.location, sources)
+        }
+        looks = await store.look(connection, doubtful) if doubtful else {}
+        plans = _explained(plans, sources, {key: expiry for key, (_, expiry) in looks.items() if expiry})
         rows = [row for request, plan in plans.values() for row in _rows(request, plan, now)]
         await store.insert_holds(connection, rows, now)
         await store.save(connection, before, shelf.stocks, now)
@@ -206,29 +270,6 @@ class Commands:
             metrics.EXPIRY_DELAY_SECONDS.observe((now - row.expires_at).total_seconds())
         await store.move_holds(connection, Kind.EXPIRE, [(row, row.held) for row in rows])
         return len(rows)
-
-    async def _explain(
-        self,
-        connection: Connection,
-        plans: dict[str, tuple[HoldRequest, Plan]],
-        sources: dict[str, list[str]],
-    ) -> None:
-        """Add to each short line when the next hold on its keys expires."""
-        keys = {
-            key
-            for _, plan in plans.values()
-            for line in plan.short_lines
-            for key in _keys(line.sku, line.location, sources)
-        }
-        if not keys:
-            return
-        until = await store.next_expiry(connection, keys)
-        for hold_id, (request, plan) in plans.items():
-            lines = []
-            for line in plan.short_lines:
-                times = [until[key] for key in _keys(line.sku, line.location, sources) if key in until]
-                lines.append(replace(line, next_expiry=min(times, default=None)))
-            plans[hold_id] = (request, replace(plan, short_lines=tuple(lines)))
 
     async def change(self, changes: Sequence[HoldChange]) -> list[Changed | Refusal]:
         """Commit (COMMIT), release (RELEASE), extend (HOLD) or expire (EXPIRE) holds, each whole or not.
@@ -626,6 +667,20 @@ def _rows(request: HoldRequest, plan: Plan, now: datetime) -> list[HoldRow]:
             for slot, (location, quantity) in enumerate(parts)
         ]  # fmt: skip
     return rows
+
+
+def _explained(
+    plans: dict[str, tuple[HoldRequest, Plan]], sources: dict[str, list[str]], until: dict[Key, datetime]
+) -> dict[str, tuple[HoldRequest, Plan]]:
+    """The plans, with when the next hold on the keys of each short line expires."""
+    explained = {}
+    for hold_id, (request, plan) in plans.items():
+        lines = []
+        for line in plan.short_lines:
+            times = [until[key] for key in _keys(line.sku, line.location, sources) if key in until]
+            lines.append(replace(line, next_expiry=min(times, default=None)))
+        explained[hold_id] = (request, replace(plan, short_lines=tuple(lines)))
+    return explained
 
 
 def _replay(rows: Sequence[HoldRow]) -> Placed:

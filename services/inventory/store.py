@@ -81,6 +81,25 @@ WITH taken AS (
 )
 SELECT {STOCK_COLUMNS.replace("stock.", "taken.")}, paid.time FROM taken CROSS JOIN paid
 """
+# A batch of refusals in one statement and one round trip, decided from stock that was read without a lock. $1 to $3
+# are the keys in order, with their versions; $4 to $9 the hold rows that tell a repeat of it. It divides by zero where
+# a key has moved since, or where by $10 a hold on one of them has expired, which is then to be reclaimed first.
+REFUSE = f"""
+WITH taken AS (
+  UPDATE stock SET held = stock.held
+  FROM unnest($1::text[], $2::text[], $3::bigint[]) AS seen (sku, location, version)
+  WHERE stock.sku = seen.sku AND stock.location = seen.location AND stock.version = seen.version AND stock.active
+  RETURNING stock.sku
+), paid AS (
+  SELECT {CLOCK} AS time FROM taken HAVING 1 / (count(*) = cardinality($1))::int = 1
+), refused AS (
+  INSERT INTO hold (sku, hold_id, slot, location, quantity, held, fingerprint, created_at, expires_at, short_lines)
+  SELECT part.sku, hold_id, slot, '', 0, 0, fingerprint, paid.time, paid.time + ttl, short_lines::jsonb
+  FROM unnest($4::text[], $5::text[], $6::smallint[], $7::bytea[], $8::interval[], $9::text[])
+    AS part (sku, hold_id, slot, fingerprint, ttl, short_lines) CROSS JOIN paid
+)
+SELECT paid.time FROM paid WHERE 1 / coalesce(paid.time < $10::timestamptz, true)::int = 1
+"""
 # A batch of commits, releases and expiries in one statement and one round trip, as PLACE is for holds. $1 to $6 are
 # the keys in order with what goes off the shelf and out of `held`; $7 to $13 their movements in order of the
 # keys, with running sums; $14 to $21 the hold rows as they were read; $22 to $28 what a repeat will find. A hold row
@@ -234,8 +253,9 @@ ORDER BY hold.sku, hold.location, hold.expires_at
 """
 # Holds whose time has come, as they are read without a lock.
 EXPIRED = "SELECT * FROM hold WHERE held > 0 AND expires_at <= now() ORDER BY expires_at LIMIT $1"
-NEXT_EXPIRY = """
-SELECT stock.sku, stock.location, (
+# Keys as they are, and when the next hold on each expires, without a lock.
+LOOK = f"""
+SELECT {STOCK_COLUMNS}, (
   SELECT min(expires_at) FROM hold WHERE hold.sku = stock.sku AND hold.location = stock.location AND hold.held > 0
 ) AS expires_at
 FROM unnest($1::text[], $2::text[]) AS key (sku, location)
@@ -460,6 +480,24 @@ async def place(connection: Connection, holds: Sequence[HoldRequest]) -> tuple[d
     return {(row["sku"], row["location"]): _stock(row) for row in rows}, rows[0]["time"]
 
 
+async def refuse(
+    connection: Connection,
+    seen: Iterable[Stock],
+    rows: Iterable[tuple[HoldRequest, str, Sequence[ShortLine]]],
+    until: datetime | None,
+) -> datetime:
+    """Remember refusals, a row for each SKU of each, and commit; the time at which they were right.
+
+    `seen` is the stock that they were decided from, `until` the least time at which a hold of it expires. Raises
+    asyncpg.DivisionByZeroError where that is no longer so, one of CONTESTED where a hold is known.
+    """
+    keys = sorted((stock.sku, stock.location, stock.version) for stock in seen)
+    ordered = sorted(rows, key=lambda row: (row[1], row[0].hold_id))
+    parts = ((sku, of.hold_id, 0, of.fingerprint, of.ttl, _short_json(short)) for of, sku, short in ordered)
+    time: datetime = await connection.fetchval(REFUSE, *split(keys), *split(parts), until)
+    return time
+
+
 async def change(
     connection: Connection,
     changes: Sequence[tuple[HoldChange, Sequence[tuple[HoldRow, int]], Sequence[Allocation], datetime]],
@@ -662,9 +700,10 @@ async def expired(connection: Connection, holds_max: int) -> list[HoldRow]:
     return [_hold(row) for row in await connection.fetch(EXPIRED, holds_max)]
 
 
-async def next_expiry(connection: Connection, keys: Iterable[Key]) -> dict[Key, datetime]:
-    rows = await connection.fetch(NEXT_EXPIRY, *split(sorted(set(keys))))
-    return {(row["sku"], row["location"]): row["expires_at"] for row in rows if row["expires_at"]}
+async def look(connection: Connection, keys: Iterable[Key]) -> dict[Key, tuple[Stock, datetime | None]]:
+    """The stock of the keys that there are, and when the next hold on each expires, not locked."""
+    rows = await connection.fetch(LOOK, *split(sorted(set(keys))))
+    return {(row["sku"], row["location"]): (_stock(row), row["expires_at"]) for row in rows}
 
 
 async def read_changes(

@@ -1,6 +1,7 @@
 """Holds on the real database: what is held, what is refused, and that no race changes either."""
 
 import asyncio
+import dataclasses
 import random
 from collections.abc import Iterable
 
@@ -116,6 +117,31 @@ async def test_a_refusal_stays_a_refusal(commands: Commands, inventory_db: Datab
     assert again.replayed
     assert not again.allocations
     assert again.short_lines == first.short_lines
+    await assert_sound(inventory_db)
+
+
+async def test_who_is_refused_does_not_hold_up_the_others(commands: Commands, inventory_db: Database) -> None:
+    """Of a batch those are held for which there is enough, before and after it is known what is sold out."""
+    for sku, units in (("A", 2), ("B", 100), ("C", 1)):
+        await put(commands, sku, units)
+    await commands.place([hold("all-of-C", ("C", "MAIN", 1), ttl_seconds=60)])
+    for number in range(3):
+        batch = [
+            hold(f"{number}-too-many", ("A", "MAIN", 3), ("B", "MAIN", 1)),
+            hold(f"{number}-held", ("B", "MAIN", 2)),
+            hold(f"{number}-sold-out", ("C", "", 1)),
+        ]
+        answers = await commands.place(batch)
+        assert [held(answer) for answer in answers] == [False, True, False]
+        (a,), (c,) = (answer.short_lines for answer in answers[::2] if isinstance(answer, Placed))
+        assert (a.sku, a.requested, a.available, a.next_expiry) == ("A", 3, 2, None)
+        assert (c.sku, c.requested, c.available) == ("C", 1, 0)
+        assert c.next_expiry is not None
+        assert await commands.place(batch) == [dataclasses.replace(answer, replayed=True) for answer in answers]  # type: ignore[type-var]
+    await put(commands, "C", 1)
+    (answer,) = await commands.place([hold("restocked", ("C", "", 1))])
+    assert held(answer)
+    assert await stock(inventory_db, "B") == (100, 6)
     await assert_sound(inventory_db)
 
 

@@ -55,7 +55,7 @@ HOT = {
     "READ_REQUESTS": "array['S000100', 'S000200'], array['r', 'r']",
     "EXPIRED_ON_KEYS": f"{KEYS}, now()",
     "EXPIRED": "100",
-    "NEXT_EXPIRY": KEYS,
+    "LOOK": KEYS,
     "SOURCES": "array['S000100', 'S000200']",
     "MOVEMENTS_AFTER": f"{KEYS}, array[1, 1], 10",
     "MOVED": f"{KEYS}, array[1, 1]",

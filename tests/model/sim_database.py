@@ -28,7 +28,8 @@ import asyncpg
 Key = tuple[Any, ...]
 Row = Mapping[str, Any]
 Place = tuple[str, Key]  # a table's name and a key in it
-SERIAL = {"place", "change", "book", "insert_reservations"}  # transactions of one statement that take several locks
+# Transactions of one statement that take several locks.
+SERIAL = {"place", "refuse", "change", "book", "insert_reservations"}
 
 
 class Record(Sequence[Any]):

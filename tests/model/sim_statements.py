@@ -103,8 +103,8 @@ def _rows(names: str, *columns: Sequence[Any]) -> list[dict[str, Any]]:
     return [_row(names, *values) for values in zip(*columns, strict=True)]
 
 
-def _stock(row: Row, time: datetime) -> Record:
-    return Record({name: row[name] for name in ("sku", "location", *COUNTERS)} | {"time": time})
+def _stock(row: Row, **more: Any) -> Record:
+    return Record({name: row[name] for name in ("sku", "location", *COUNTERS)} | more)
 
 
 def _assert_each(found: int, asked: int) -> None:
@@ -171,7 +171,7 @@ async def _place(
     for one in moved:
         await t.insert("movement", one)
     await _tell(t, moved, time, traceparent)
-    return [_stock(row, time) for row, *_ in taken]
+    return [_stock(row, time=time) for row, *_ in taken]
 
 
 def _hold(
@@ -197,6 +197,32 @@ def _movement(
         "backorder_limit": stock["backorder_limit"], "hold_id": hold_id, "request_id": request_id,
         "reference": reference, "occurred_at": occurred_at,
     }  # fmt: skip
+
+
+@_runs(inventory.REFUSE)
+async def _refuse(t: Transaction, *arguments: Any) -> list[Record]:
+    seen = _rows("sku location version", *arguments[:3])
+    parts = _rows("sku hold_id slot fingerprint ttl short_lines", *arguments[3:9])
+    until = arguments[9]
+    taken = 0
+    for one in seen:
+        row = await t.update(
+            "stock",
+            (one["sku"], one["location"]),
+            lambda _row: {},
+            lambda row, one=one: row["active"] and row["version"] == one["version"],  # type: ignore[misc]
+        )
+        taken += row is not None
+    _assert_each(taken, len(seen))
+    time = t.clock()
+    for part in parts:
+        row = _hold(
+            part["sku"], part["hold_id"], part["slot"], "", 0, part["fingerprint"], time, time + part["ttl"],
+            part["short_lines"],
+        )  # fmt: skip
+        await t.insert("hold", row)
+    _assert_each(int(until is None or time < until), 1)
+    return [Record({"time": time})]
 
 
 @_runs(inventory.CHANGE)
@@ -252,7 +278,7 @@ async def _change(t: Transaction, *arguments: Any) -> list[Record]:
         await t.insert("movement", entry)
     await _tell(t, moved, time, traceparent)
     _assert_each(left, len(slots))
-    return [_stock(row, time) for row, _ in taken]
+    return [_stock(row, time=time) for row, _ in taken]
 
 
 @_runs(inventory.LOCK)
@@ -261,7 +287,7 @@ async def _lock(t: Transaction, skus: Texts, locations: Texts) -> list[Record]:
     for key in zip(skus, locations, strict=True):
         row = await t.update("stock", key, lambda row: {"held": row["held"]})
         if row is not None:
-            found.append(_stock(row, t.clock()))
+            found.append(_stock(row, time=t.clock()))
     return found
 
 
@@ -316,7 +342,7 @@ async def _sources(t: Transaction, skus: Texts) -> list[Record]:
 
 @_runs(inventory.READ_STOCK)
 async def _read_stock(t: Transaction, skus: Texts, locations: Texts) -> list[Record]:
-    return [_stock(row, t.stated) for key in zip(skus, locations, strict=True) if (row := t.get("stock", key))]
+    return [_stock(row, time=t.stated) for key in zip(skus, locations, strict=True) if (row := t.get("stock", key))]
 
 
 @_runs(inventory.SUM_STOCK)
@@ -420,14 +446,16 @@ async def _expired(t: Transaction, limit: int) -> list[Record]:
     return [Record(row) for row in _by(due, "expires_at")[:limit]]
 
 
-@_runs(inventory.NEXT_EXPIRY)
-async def _next_expiry(t: Transaction, skus: Texts, locations: Texts) -> list[Record]:
+@_runs(inventory.LOOK)
+async def _look(t: Transaction, skus: Texts, locations: Texts) -> list[Record]:
+    keys = set(zip(skus, locations, strict=True))
     until: dict[tuple[str, str], datetime] = {}
     for row in t.scan("hold"):
-        if row["held"] > 0:
-            key = (row["sku"], row["location"])
+        key = (row["sku"], row["location"])
+        if row["held"] > 0 and key in keys:
             until[key] = min(until.get(key, row["expires_at"]), row["expires_at"])
-    return [Record(_row("sku location expires_at", *key, until.get(key))) for key in zip(skus, locations, strict=True)]
+    found = ((key, t.get("stock", key)) for key in sorted(keys))
+    return [_stock(row, expires_at=until.get(key)) for key, row in found if row]
 
 
 @_runs(inventory.READ_CHANGES)

@@ -432,6 +432,30 @@ async def test_a_hold_may_take_what_is_available_and_no_more(
 
 
 @BOTH
+@pytest.mark.parametrize("meanwhile", ["nothing", "moved", "expired"])
+async def test_a_refusal_decided_from_stock_that_is_no_longer_so_is_undone(tried: Tried, meanwhile: str) -> None:
+    """Stock that has moved since it was looked at, or of which a hold has expired meanwhile: nobody is refused."""
+    await stocked(tried)
+    asked = hold("h", ("A", "X", 8))
+    async with tried.database.connection() as connection:
+        await store.place(connection, [hold("first", ("A", "X", 2))])
+        ((stock, expiry),) = (await store.look(connection, [("A", "X")])).values()
+        if meanwhile == "moved":
+            await store.place(connection, [hold("between", ("A", "X", 1))])
+        until = datetime(2020, 1, 1, tzinfo=UTC) if meanwhile == "expired" else expiry
+        before = await tried.dump()
+        refusing = store.refuse(connection, [stock], [(asked, "A", [])], until)
+        if meanwhile == "nothing":
+            await refusing
+            ((row,),) = (await store.read_holds(connection, [("A", "h")])).values()
+            assert (row.quantity, row.held, row.expires_at - row.created_at) == (0, 0, asked.ttl)
+        else:
+            with pytest.raises(asyncpg.DivisionByZeroError):
+                await refusing
+            assert await tried.dump() == before
+
+
+@BOTH
 @pytest.mark.parametrize(
     ("meanwhile", "asking"),
     [("sold", Kind.COMMIT), ("extended", Kind.COMMIT), ("expired", Kind.COMMIT), ("nothing", Kind.EXPIRE)],
