@@ -139,8 +139,9 @@ class Commands:
             self._short -= {line.sku for line in lines}
             if not plans:
                 return {}
-            short = {line.sku for _, plan in plans.values() for line in plan.short_lines}
-            self._short = short if len(self._short) > SHORT_SKUS_MAX else self._short | short
+            if len(self._short) > SHORT_SKUS_MAX:
+                self._short.clear()
+            self._short |= {line.sku for _, plan in plans.values() for line in plan.short_lines}
             deciding = {key for request, _ in plans.values() for line in request.lines for key in keys[line]}
             until = {key: expiry for key in deciding if (expiry := seen[key][1])}
             explained = _explained(plans, sources, until)
