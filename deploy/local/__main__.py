@@ -24,7 +24,7 @@ from deploy.local import orders, report
 from deploy.local.analysis import analyse, caught_up, notified, subscribe
 from deploy.local.receiver import Receiver
 from deploy.local.replay import Replay, look
-from deploy.local.stack import REPOSITORY, Stack, StackError
+from deploy.local.stack import REPOSITORY, Stack, StackError, until_interrupted
 from deploy.local.supervisor import Supervisor
 from shared.client import Holdfast
 
@@ -75,7 +75,7 @@ def demo(arguments: argparse.Namespace, console: Console, *, stay: bool) -> int:
         if stay:
             report.how(console, supervisor.targets, next(iter(book.catalogue), "20000"))
             console.print("[bold]Running until Ctrl-C.[/]")
-            signal.pause()
+            until_interrupted()
     return 0 if report.sound(result) else 1
 
 
@@ -117,7 +117,7 @@ def _book(arguments: argparse.Namespace) -> orders.Book:
 def serve(arguments: argparse.Namespace, console: Console) -> int:
     """Everything up, in the foreground, with the data of earlier runs."""
     with running(arguments.root, console, fresh=False):
-        signal.pause()
+        until_interrupted()
     return 0
 
 

@@ -675,6 +675,15 @@ class Stack:
 # -- the machine ------------------------------------------------------------------------------------------------------
 
 
+def until_interrupted() -> None:
+    """Wait until a signal's handler raises. `signal.pause` would sleep through one that came just before it."""
+    reader, writer = socket.socketpair()
+    writer.setblocking(False)
+    signal.set_wakeup_fd(writer.fileno())
+    while True:
+        reader.recv(1)
+
+
 def check_machine() -> None:
     """Raise Missing for the first thing this machine lacks. Maven is asked for only while Kafka's jars are not here."""
     if sys.version_info < (3, 11):  # noqa: UP036  (the installer may have been told to ignore requires-python)

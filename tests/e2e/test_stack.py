@@ -22,12 +22,12 @@ from shared.topics import Topic
 pytestmark = pytest.mark.timeout(180)
 
 OWNER = """
-import signal, sys
+import sys
 from pathlib import Path
-from deploy.local.stack import Stack
+from deploy.local.stack import Stack, until_interrupted
 stack = Stack(Path(sys.argv[1])).start()
 print(*stack.pids.values(), flush=True)
-signal.pause()
+until_interrupted()
 """
 
 
