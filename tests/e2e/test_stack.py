@@ -22,9 +22,10 @@ from shared.topics import Topic
 pytestmark = pytest.mark.timeout(180)
 
 OWNER = """
-import sys
+import signal, sys
 from pathlib import Path
 from deploy.local.stack import Stack, until_interrupted
+signal.signal(signal.SIGINT, signal.default_int_handler)  # tests run in a shell's background ignore it
 stack = Stack(Path(sys.argv[1])).start()
 print(*stack.pids.values(), flush=True)
 until_interrupted()
