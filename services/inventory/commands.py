@@ -748,12 +748,7 @@ def _apply(
         until = domain.extend(change, rows, now)
         extended.update({(sku, change.hold_id): until for sku in change.skus})
         return Changed(change.hold_id, (), until, now)
-    if change.kind is Kind.EXPIRE:
-        parts = domain.expire(change, rows, now)
-        allocations = _ever_expired(rows, parts)
-    else:
-        parts = domain.take(change, rows, now)
-        allocations = _allocations(parts)
+    parts, allocations = _leaving(change, rows, now)
     for row, quantity in parts:
         shelf.move(
             row.key,
@@ -771,13 +766,19 @@ def _taking(
     change: HoldChange, rows: Sequence[HoldRow]
 ) -> tuple[HoldChange, list[tuple[HoldRow, int]], tuple[Allocation, ...], datetime]:
     """What a change takes from a hold's rows as they were read. Whether its time has come `store.change` says."""
-    if change.kind is Kind.EXPIRE:
-        taken = domain.expire(change, rows, _LATE)
-        allocations = _ever_expired(rows, taken)
-    else:
-        taken = domain.take(change, rows, _EARLY)
-        allocations = _allocations(taken)
+    taken, allocations = _leaving(change, rows, _LATE if change.kind is Kind.EXPIRE else _EARLY)
     return change, taken, allocations, max(row.expires_at for row in rows)
+
+
+def _leaving(
+    change: HoldChange, rows: Sequence[HoldRow], now: datetime
+) -> tuple[list[tuple[HoldRow, int]], tuple[Allocation, ...]]:
+    """What leaves a hold's rows, and what its answer tells: of an expiry, all that ever expired."""
+    if change.kind is Kind.EXPIRE:
+        parts = domain.expire(change, rows, now)
+        return parts, _allocations([*((row, row.expired) for row in rows), *parts])
+    parts = domain.take(change, rows, now)
+    return parts, _allocations(parts)
 
 
 def _allocations(taken: Iterable[tuple[HoldRow, int]]) -> tuple[Allocation, ...]:
@@ -785,11 +786,6 @@ def _allocations(taken: Iterable[tuple[HoldRow, int]]) -> tuple[Allocation, ...]
     for row, quantity in taken:
         units[row.key] = units.get(row.key, 0) + quantity
     return tuple(Allocation(*key, quantity) for key, quantity in sorted(units.items()) if quantity)
-
-
-def _ever_expired(rows: Iterable[HoldRow], expiring: Iterable[tuple[HoldRow, int]]) -> tuple[Allocation, ...]:
-    """What has expired of a hold with what does now."""
-    return _allocations([*((row, row.expired) for row in rows), *expiring])
 
 
 def _after(
