@@ -258,3 +258,18 @@ async def test_lost_work_is_cancelled_and_taken_up_elsewhere(redis_client: redis
         for pod in pods:
             pod.cancel()
         await asyncio.wait(pods)
+
+
+async def test_a_pod_that_stops_is_not_held_up_by_the_lock(redis_client: redis.Redis) -> None:
+    """Its worker ends whenever it is cancelled, were it in the midst of taking or renewing."""
+
+    async def work(_: int) -> None:
+        await asyncio.Event().wait()
+
+    for steps in range(200):
+        pod = asyncio.ensure_future(run_alone(redis_client, "work", work, ttl_seconds=0.003))
+        for _ in range(steps):
+            await asyncio.sleep(0)
+        pod.cancel()
+        ended, _waiting = await asyncio.wait([pod], timeout=5)
+        assert ended, f"cancelled after {steps} steps of the loop"
