@@ -1,7 +1,7 @@
-"""Every write of inventory. Each takes a batch, decides it in one transaction, and answers item by item.
+"""Every write of stock. Each takes a batch, decides it in one transaction, and answers item by item.
 
 The package's docstring says why this is right. Here: `place` (holds), `change` (commit, release, extend
-and expire), `sweep`, `adjust`, and the catalogue.
+and expire), `sweep`, `adjust`, and what mends a ledger. What is sold where: `catalogue`.
 """
 
 from collections.abc import Awaitable, Callable, Iterable, Sequence
@@ -24,7 +24,6 @@ from services.inventory.domain import (
     HoldChange,
     HoldRequest,
     HoldRow,
-    ImportRow,
     Key,
     Kind,
     Mode,
@@ -35,15 +34,14 @@ from services.inventory.domain import (
     Shelf,
     Stock,
 )
-from shared import metrics, outbox
-from shared.database import CONTESTED, RETRIED, Connection, Database, Record
+from shared import metrics
+from shared.database import CONTESTED, RETRIED, Connection, Database
 from shared.refusal import Refusal
 from shared.workers import turns
 
 SHORT_SKUS_MAX = 100_000
 SWEEP_HOLDS_MAX = 500
 SWEEP_LOOKS = 2  # before keys are locked: who was first to what is due was another pod, most of the time
-IMPORT_CHUNK_ROWS = 500
 AT_ONCE_LINES_MAX = 1_000
 RECONCILE_KEYS = 500
 RECONCILE_REST = 9
@@ -258,7 +256,7 @@ class Commands:
         refused: dict[str, Refusal] = {}
         for request in requests:
             for line in request.lines:
-                refusal = _unknown(line.sku, line.location, skus, locations)
+                refusal = unknown(line.sku, line.location, skus, locations)
                 if refusal and request.hold_id not in refused:
                     refused[request.hold_id] = refusal
         return refused
@@ -460,10 +458,10 @@ class Commands:
         answers: list[inventory_pb2.AdjustStockResponse | Refusal] = []
         for ask in adjustments:
             if first := known.get((ask.sku, ask.request_id)):
-                answers.append(_first(first, ask.fingerprint, inventory_pb2.AdjustStockResponse))
+                answers.append(first_outcome(first, ask.fingerprint, inventory_pb2.AdjustStockResponse))
                 continue
             missing = next(
-                (r for sku, at in ask.keys if (r := _unknown(sku, at, skus, locations)) and _bars(ask, r)),
+                (r for sku, at in ask.keys if (r := unknown(sku, at, skus, locations)) and _bars(ask, r)),
                 None,
             )
             if missing:
@@ -483,154 +481,6 @@ class Commands:
         await store.save(connection, before, shelf.stocks, now)
         await store.insert_movements(connection, shelf.movements, now)
         return answers, shelf, now
-
-    # -- the catalogue ----------------------------------------------------------------------------
-
-    async def create_sku(
-        self, request_id: str, fingerprint: bytes, fields: tuple[str, str, str, str, str, int]
-    ) -> inventory_pb2.CreateSkuResponse:
-        async def work(connection: Connection) -> inventory_pb2.CreateSkuResponse:
-            rows = await connection.fetch(store.INSERT_SKUS, *([value] for value in fields))
-            if not rows:
-                first = await self._known(connection, fields[0], request_id)
-                if first is None:
-                    raise Refusal(Reason.SKU_ALREADY_EXISTS, f"SKU {fields[0]} exists", sku=fields[0])
-                return _answer(first, fingerprint, inventory_pb2.CreateSkuResponse)
-            answer = inventory_pb2.CreateSkuResponse(sku=codec.sku(rows[0]))
-            await self._remember(connection, fields[0], request_id, fingerprint, answer)
-            await outbox.write(connection, [codec.sku_changed(rows[0])])
-            return answer
-
-        return await self._database.run(work)
-
-    async def update_sku(
-        self,
-        sku: str,
-        request_id: str,
-        fingerprint: bytes,
-        etag: int | None,
-        new: dict[str, object],
-        answer_type: type[Answer],
-    ) -> Answer:
-        """Change the named columns of a SKU; `active` False archives it and closes its stock."""
-
-        async def work(connection: Connection) -> Answer:
-            row = await connection.fetchrow(store.LOCK_SKU, sku)
-            if row is None:
-                raise Refusal(Reason.SKU_NOT_FOUND, f"there is no SKU {sku}", sku=sku)
-            if first := await self._known(connection, sku, request_id):
-                return _answer(first, fingerprint, answer_type)
-            _check_etag(row, etag)
-            names = ("name", "category", "unit", "currency_code", "price_micros", "active")
-            changed = await connection.fetchrow(store.UPDATE_SKU, sku, *(new.get(name, row[name]) for name in names))
-            assert changed is not None
-            if not changed["active"]:
-                await connection.execute(store.CLOSE_STOCK_OF_SKU, sku)
-            answer = answer_type(sku=codec.sku(changed))
-            await self._remember(connection, sku, request_id, fingerprint, answer)
-            await outbox.write(connection, [codec.sku_changed(changed)])
-            return answer
-
-        return await self._database.run(work)
-
-    async def create_location(
-        self, request_id: str, fingerprint: bytes, fields: tuple[str, str, int]
-    ) -> inventory_pb2.CreateLocationResponse:
-        async def work(connection: Connection) -> inventory_pb2.CreateLocationResponse:
-            row = await connection.fetchrow(store.INSERT_LOCATION, *fields)
-            if row is None:
-                first = await self._known(connection, _location_key(fields[0]), request_id)
-                if first is None:
-                    raise Refusal(Reason.LOCATION_ALREADY_EXISTS, f"location {fields[0]} exists", location=fields[0])
-                return _answer(first, fingerprint, inventory_pb2.CreateLocationResponse)
-            answer = inventory_pb2.CreateLocationResponse(location=codec.location(row))
-            await self._remember(connection, _location_key(fields[0]), request_id, fingerprint, answer)
-            return answer
-
-        return await self._database.run(work)
-
-    async def update_location(
-        self,
-        location: str,
-        request_id: str,
-        fingerprint: bytes,
-        etag: int | None,
-        new: dict[str, object],
-        answer_type: type[Answer],
-    ) -> Answer:
-        """Change the named columns of a location; `active` False archives it and closes its stock."""
-
-        async def work(connection: Connection) -> Answer:
-            row = await connection.fetchrow(store.LOCK_LOCATION, location)
-            if row is None:
-                raise Refusal(Reason.LOCATION_NOT_FOUND, f"there is no location {location}", location=location)
-            if first := await self._known(connection, _location_key(location), request_id):
-                return _answer(first, fingerprint, answer_type)
-            _check_etag(row, etag)
-            names = ("name", "priority", "active")
-            changed = await connection.fetchrow(
-                store.UPDATE_LOCATION, location, *(new.get(name, row[name]) for name in names)
-            )
-            assert changed is not None
-            if not changed["active"]:
-                await connection.execute(store.CLOSE_STOCK_OF_LOCATION, location)
-            answer = answer_type(location=codec.location(changed))
-            await self._remember(connection, _location_key(location), request_id, fingerprint, answer)
-            return answer
-
-        return await self._database.run(work)
-
-    async def check_import(self, request_id: str, rows: Sequence[ImportRow]) -> list[tuple[int, Refusal]]:
-        """What is wrong with rows that are well formed: where they go, what is archived, what was sent before."""
-        if not rows:
-            return []
-        known: dict[tuple[str, str], store.Request] = {}
-        async with self._database.connection() as connection:
-            for start in range(0, len(rows), IMPORT_CHUNK_ROWS):
-                ids = [_import_id(request_id, row) for row in rows[start : start + IMPORT_CHUNK_ROWS]]
-                known |= await store.read_requests(connection, ids)
-            skus = await store.unknown_skus(connection, {row.sku[0] for row in rows})
-            locations = await store.unknown_locations(connection, {row.location for row in rows})
-        archived = {sku: True for sku, known in skus.items() if known}
-        errors: list[tuple[int, Refusal]] = []
-        for row in rows:
-            first = known.get(_import_id(request_id, row))
-            refusal = _unknown(row.sku[0], row.location, archived, locations)
-            if first and first.fingerprint != row.fingerprint:
-                refusal = reused(request_id)
-            if refusal:
-                errors.append((row.row_number, refusal))
-        return errors
-
-    async def import_rows(self, request_id: str, rows: Sequence[ImportRow]) -> tuple[int, int]:
-        """Apply checked rows in chunks, each row once; return (applied, known from before)."""
-        known = 0
-        for start in range(0, len(rows), IMPORT_CHUNK_ROWS):
-            chunk = rows[start : start + IMPORT_CHUNK_ROWS]
-
-            async def work(connection: Connection, chunk: Sequence[ImportRow] = chunk) -> int:
-                skus = sorted({row.sku[0]: row.sku for row in reversed(chunk)}.values())
-                made = await connection.fetch(store.INSERT_SKUS, *store.split(skus))
-                await outbox.write(connection, [codec.sku_changed(row) for row in made])
-                await store.make_stock(connection, [(row.sku[0], row.location) for row in chunk])
-                return len(await store.read_requests(connection, [_import_id(request_id, row) for row in chunk]))
-
-            known += await self._database.run(work)
-            asks = [ask for row in chunk for ask in _imported(request_id, row)]
-            for answer in await self.adjust(asks):
-                if isinstance(answer, Refusal) and answer.reason != Reason.VERSION_MISMATCH:
-                    raise answer
-        return len(rows) - known, known
-
-    async def _known(self, connection: Connection, key: str, request_id: str) -> store.Request | None:
-        found = await store.read_requests(connection, [(key, request_id)])
-        return found.get((key, request_id))
-
-    async def _remember(
-        self, connection: Connection, key: str, request_id: str, fingerprint: bytes, answer: Message
-    ) -> None:
-        request = store.Request(key, request_id, fingerprint, answer.SerializeToString())
-        await store.insert_requests(connection, [request])
 
     # -- both -------------------------------------------------------------------------------------
 
@@ -713,7 +563,7 @@ def _active(stocks: dict[Key, Stock], key: Key) -> bool:
     return key in stocks and stocks[key].active
 
 
-def _unknown(sku: str, location: str, skus: dict[str, bool], locations: dict[str, bool]) -> Refusal | None:
+def unknown(sku: str, location: str, skus: dict[str, bool], locations: dict[str, bool]) -> Refusal | None:
     if sku in skus:
         if skus[sku]:
             return Refusal(Reason.SKU_ARCHIVED, f"SKU {sku} is archived", sku=sku)
@@ -810,7 +660,7 @@ def _after(
     ]
 
 
-def _first(request: store.Request, fingerprint: bytes, answer_type: type[Answer]) -> Answer | Refusal:
+def first_outcome(request: store.Request, fingerprint: bytes, answer_type: type[Answer]) -> Answer | Refusal:
     """A write's first outcome, or the refusal of other content under its id."""
     if request.fingerprint != fingerprint:
         return reused(request.request_id)
@@ -818,40 +668,3 @@ def _first(request: store.Request, fingerprint: bytes, answer_type: type[Answer]
         reason, message, metadata = request.refusal
         return Refusal(reason, message, **metadata)
     return answer_type.FromString(request.outcome)
-
-
-def _answer(request: store.Request, fingerprint: bytes, answer_type: type[Answer]) -> Answer:
-    first = _first(request, fingerprint, answer_type)
-    if isinstance(first, Refusal):
-        raise first
-    return first
-
-
-def _check_etag(row: Record, etag: int | None) -> None:
-    if etag is not None and etag != row["version"]:
-        raise Refusal(Reason.ETAG_MISMATCH, "it was changed since it was read; read it again", etag=row["version"])
-
-
-def _location_key(location: str) -> str:
-    """Locations share `request` with SKUs; no code has a space."""
-    return f"location {location}"
-
-
-def _import_id(request_id: str, row: ImportRow) -> tuple[str, str]:
-    return row.sku[0], f"{request_id}#{row.row_number}"
-
-
-def _imported(request_id: str, row: ImportRow) -> list[Adjustment]:
-    """The adjustments of one row: its policy when the stock is new, then its units. Both once."""
-    asks: list[Adjustment] = []
-    _, identity = _import_id(request_id, row)
-    if row.safety_stock or row.backorder_limit:
-        asks.append(
-            Adjustment(
-                f"{identity}#policy", row.sku[0], row.location, Change.POLICY, expected_version=0,
-                safety_stock=row.safety_stock, backorder_limit=row.backorder_limit,
-                fingerprint=row.fingerprint,
-            )
-        )  # fmt: skip
-    change = Adjustment(identity, row.sku[0], row.location, Change.RECEIVE, row.quantity, fingerprint=row.fingerprint)
-    return [*asks, change]

@@ -9,6 +9,7 @@ from holdfast.inventory.v1 import inventory_pb2_grpc
 
 from services.inventory import codec, requests, store
 from services.inventory.cache import Ask, Cache, Seen
+from services.inventory.catalogue import Catalogue
 from services.inventory.commands import Commands
 from services.inventory.domain import (
     Adjustment,
@@ -79,7 +80,7 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
 
     def __init__(self, settings: Settings, database: Database, commands: Commands, cache: Cache, watch: Watch) -> None:
         self._database = database
-        self._commands = commands
+        self._catalogue = Catalogue(database, commands)
         self._watch = watch
         self._cache = cache
         self._place: Batcher[Sequence[HoldRequest], list[Placed | Refusal]]
@@ -96,7 +97,7 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
     async def CreateSku(self, request: pb.CreateSkuRequest, context: Context) -> pb.CreateSkuResponse:
         request_id = check.code(request.request_id, "request_id")
         fields = requests.sku_fields(request.sku)
-        return await self._commands.create_sku(request_id, fingerprint(request), fields)
+        return await self._catalogue.create_sku(request_id, fingerprint(request), fields)
 
     async def GetSku(self, request: pb.GetSkuRequest, context: Context) -> pb.GetSkuResponse:
         sku = check.code(request.sku, "sku")
@@ -133,18 +134,18 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
         if "unit_price" in mask:
             new |= {"currency_code": currency_code, "price_micros": price_micros}
         etag, content = requests.etag(request.sku.etag), fingerprint(request)
-        return await self._commands.update_sku(sku, request_id, content, etag, new, pb.UpdateSkuResponse)
+        return await self._catalogue.update_sku(sku, request_id, content, etag, new, pb.UpdateSkuResponse)
 
     async def ArchiveSku(self, request: pb.ArchiveSkuRequest, context: Context) -> pb.ArchiveSkuResponse:
         request_id, sku = check.code(request.request_id, "request_id"), check.code(request.sku, "sku")
         etag, content = requests.etag(request.etag), fingerprint(request)
         new: dict[str, object] = {"active": False}
-        return await self._commands.update_sku(sku, request_id, content, etag, new, pb.ArchiveSkuResponse)
+        return await self._catalogue.update_sku(sku, request_id, content, etag, new, pb.ArchiveSkuResponse)
 
     async def CreateLocation(self, request: pb.CreateLocationRequest, context: Context) -> pb.CreateLocationResponse:
         request_id = check.code(request.request_id, "request_id")
         fields = requests.location_fields(request.location)
-        return await self._commands.create_location(request_id, fingerprint(request), fields)
+        return await self._catalogue.create_location(request_id, fingerprint(request), fields)
 
     async def GetLocation(self, request: pb.GetLocationRequest, context: Context) -> pb.GetLocationResponse:
         location = check.code(request.location, "location")
@@ -174,13 +175,15 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
             path: value for path, value in (("name", name), ("priority", priority)) if path in mask
         }
         etag, content = requests.etag(request.location.etag), fingerprint(request)
-        return await self._commands.update_location(location, request_id, content, etag, new, pb.UpdateLocationResponse)
+        return await self._catalogue.update_location(
+            location, request_id, content, etag, new, pb.UpdateLocationResponse
+        )
 
     async def ArchiveLocation(self, request: pb.ArchiveLocationRequest, context: Context) -> pb.ArchiveLocationResponse:
         request_id = check.code(request.request_id, "request_id")
         location = check.code(request.location, "location")
         etag, content = requests.etag(request.etag), fingerprint(request)
-        return await self._commands.update_location(
+        return await self._catalogue.update_location(
             location, request_id, content, etag, {"active": False}, pb.ArchiveLocationResponse
         )
 
@@ -214,12 +217,12 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
     ) -> pb.ImportStockResponse:
         request_id, dry_run, rows, errors = await requests.import_stream(request)
         good = [row for row in rows if isinstance(row, ImportRow)]
-        errors += await self._commands.check_import(request_id, good)
+        errors += await self._catalogue.check_import(request_id, good)
         response = pb.ImportStockResponse(
             rows_read=len(rows), errors=[codec.import_error(*error) for error in sorted(errors, key=_row)]
         )
         if not errors and not dry_run:
-            response.rows_applied, response.rows_known = await self._commands.import_rows(request_id, good)
+            response.rows_applied, response.rows_known = await self._catalogue.import_rows(request_id, good)
         return response
 
     async def GetAvailability(self, request: pb.GetAvailabilityRequest, context: Context) -> pb.GetAvailabilityResponse:
