@@ -54,10 +54,14 @@ class KafkaSettings(BaseSettings):
     model_config = CONFIG
 
     kafka_bootstrap: str = Field(default="127.0.0.1:9092", description="Kafka brokers, host:port, by comma.")
-    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_SSL"] = "PLAINTEXT"
-    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "SCRAM-SHA-512"
-    kafka_username: str = ""
-    kafka_password: SecretStr = SecretStr("")
+    kafka_security_protocol: Literal["PLAINTEXT", "SSL", "SASL_SSL"] = Field(
+        default="PLAINTEXT", description="PLAINTEXT, SSL, or SASL_SSL."
+    )
+    kafka_sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = Field(
+        default="SCRAM-SHA-512", description="With SASL_SSL: PLAIN, SCRAM-SHA-256 or SCRAM-SHA-512."
+    )
+    kafka_username: str = Field(default="", description="With SASL_SSL.")
+    kafka_password: SecretStr = Field(default=SecretStr(""), description="With SASL_SSL.")
     kafka_ca_file: str = Field(default="", description="Whose certificates the brokers' are; empty: the system's.")
 
     @property
@@ -112,8 +116,10 @@ class Settings(KafkaSettings, DatabaseSettings):
     )
     caller_calls_per_second_max: float = Field(default=0, ge=0, description="For one caller on a pod; 0: no limit.")
     caller_in_flight_calls_max: int = Field(default=0, ge=0, description="For one caller on a pod; 0: no limit.")
-    log_level: Literal["debug", "info", "warning", "error"] = "info"
-    log_format: Literal["json", "console"] = "json"
+    log_level: Literal["debug", "info", "warning", "error"] = Field(
+        default="info", description="What is logged, and all above it: debug, info, warning or error."
+    )
+    log_format: Literal["json", "console"] = Field(default="json", description="json, or console for people.")
     metrics_listen: str = Field(default="", description="Address of /metrics, as host:port; empty: nowhere.")
     otlp_endpoint: str = Field(
         default="", description="Collector of traces, OTLP over gRPC, as http(s)://host:port; empty: nothing is traced."
@@ -122,7 +128,9 @@ class Settings(KafkaSettings, DatabaseSettings):
         default=0.01, ge=0, le=1, description="Of the calls whose callers have not decided, those that are traced."
     )
 
-    database_connections_max: int = Field(default=10, ge=2, le=200)
+    database_connections_max: int = Field(
+        default=10, ge=2, le=200, description="Of a pool; inventory and reservation have one, analytics two."
+    )
     database_timeout_seconds: float = Field(default=10, gt=0, description="For one statement.")
     database_idle_seconds_max: float = Field(
         default=0.5, ge=0, description="Silence of a transaction that has locked stock or reservations; 0: no limit."

@@ -21,7 +21,8 @@ class Settings(settings.Settings):
     stream_items_max: int = Field(default=256, ge=1, description="Reserves in flight on one stream.")
 
     enforcement: Literal["off", "open", "closed"] = Field(
-        default="open", description="What Reserve refuses: nothing; what it knows of; and all while that is stale."
+        default="open",
+        description="What Reserve refuses: nothing (off), what it knows of (open), all while that is stale (closed).",
     )
     enforcement_stale_seconds: float = Field(
         default=30, gt=0, description="Since the last heartbeat of who judges; then what is known is stale."
