@@ -29,6 +29,7 @@ from collections.abc import Callable, Coroutine, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from contextlib import suppress
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 from types import TracebackType
 from typing import Any, Self
@@ -84,13 +85,26 @@ class _Died(StackError):
     """A server ended by itself while starting, on every attempt."""
 
 
+def is_free(port: int) -> bool:
+    """Whether nobody is bound to a TCP port of 127.0.0.1."""
+    with socket.socket() as probe, suppress(OSError):
+        probe.bind((LOOPBACK, port))
+        return True
+    return False
+
+
+def free_ports(count: int) -> list[int]:
+    """TCP ports of 127.0.0.1 nobody is bound to, no two the same. They may be taken before they are used: who binds
+    them retries.
+    """
+    found = list(islice(filter(is_free, random.sample(PORTS, 200)), count))
+    if len(found) < count:
+        raise StackError(f"no free TCP port on 127.0.0.1 in {PORTS.start}-{PORTS.stop - 1}")
+    return found
+
+
 def free_port() -> int:
-    """A TCP port of 127.0.0.1 nobody is bound to. It may be taken before it is used: who binds it retries."""
-    for port in random.sample(PORTS, 200):
-        with socket.socket() as probe, suppress(OSError):
-            probe.bind(("127.0.0.1", port))
-            return port
-    raise StackError(f"no free TCP port on 127.0.0.1 in {PORTS.start}-{PORTS.stop - 1}")
+    return free_ports(1)[0]
 
 
 def tail(log: Path, lines: int = LOG_LINES_SHOWN) -> str:

