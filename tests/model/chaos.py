@@ -29,7 +29,7 @@ from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeRemainingColumn
 from rich.table import Table
 
-from deploy.local.stack import REPOSITORY, Stack, free_port
+from deploy.local.stack import REPOSITORY, Stack, free_port, free_ports
 from deploy.local.supervisor import SERVICES, Pod, Service, Supervisor
 from tests.model import auditor, releases
 from tests.model.auditor import Deployment, Report
@@ -162,7 +162,8 @@ class Scene:
 
     async def twin(self) -> None:
         """A second process with the identity of a pod: its name, its client ids, its place in the groups."""
-        second = replace(self.pod(), port=free_port(), metrics_port=free_port())
+        port, metrics_port = free_ports(2)
+        second = replace(self.pod(), port=port, metrics_port=metrics_port)
         self.pods.spawn(second)
         await asyncio.sleep(self.dice.uniform(3, 6))
         await asyncio.to_thread(self.pods.kill, second)
@@ -292,15 +293,18 @@ async def run(
             await stock_up(history, targets, SKUS)
             shopping = [asyncio.ensure_future(shoppers.shop(*targets, CALLERS)) for _ in range(CLIENTS)]
             auditing = asyncio.ensure_future(_audit_under_load(stack, outcome.report))
-            say("shopping without faults")
-            outcome.calm_per_second = await _pace(history, calm_seconds)
-            began = time.time()
-            await _trouble(scene, history, outcome, fault_seconds, every, only, say)
-            outcome.per_second = _answered(history, began) / (time.time() - began)
-            shoppers.stop.set()
-            await asyncio.gather(*shopping)
-            auditing.cancel()
-            await asyncio.wait([auditing])
+            try:
+                say("shopping without faults")
+                outcome.calm_per_second = await _pace(history, calm_seconds)
+                began = time.time()
+                await _trouble(scene, history, outcome, fault_seconds, every, only, say)
+                outcome.per_second = _answered(history, began) / (time.time() - began)
+                shoppers.stop.set()
+                await asyncio.gather(*shopping)
+            finally:
+                for task in (*shopping, auditing):
+                    task.cancel()
+                await asyncio.wait([*shopping, auditing])
             say("letting everything settle")
             await asyncio.sleep(SETTLE_SECONDS)
             say("auditing")
