@@ -41,6 +41,7 @@ async def test_sums_are_those_of_their_windows_whenever_they_are_aged(analytics_
             await analytics_db.run(store.age)
     await analytics_db.run(store.age)
     async with analytics_db.connection() as connection:
+        hour = await connection.fetchval("SELECT aged_to FROM aging")  # the next one, if it began meanwhile
         rows = {row["sku"]: row for row in await connection.fetch("SELECT * FROM stock_view")}
     for sku, row in rows.items():
         for window, length in WINDOWS.items():

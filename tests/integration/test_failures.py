@@ -87,7 +87,7 @@ async def test_a_deadlock_is_retried(stack: Stack) -> None:
 async def test_a_transaction_that_stands_still_keeps_nobody_waiting(stack: Stack) -> None:
     """PostgreSQL ends it, and others get its rows; whoever goes on with it is told that the database was lost."""
     stack.databases("silent")
-    database = await Database.connect(stack.postgres_dsn("silent"), name="silent", idle_seconds_max=0.1)
+    database = await Database.connect(stack.postgres_dsn("silent"), name="silent", idle_seconds_max=1)
     async with database.connection() as connection:
         await connection.execute(
             "DROP TABLE IF EXISTS silent; CREATE TABLE silent (n int); INSERT INTO silent VALUES (0)"
@@ -101,7 +101,9 @@ async def test_a_transaction_that_stands_still_keeps_nobody_waiting(stack: Stack
         await connection.execute("UPDATE silent SET n = n + 10")
 
     standing = asyncio.ensure_future(database.run(still))
+    standing.add_done_callback(lambda _: locked.set())
     await locked.wait()
+    assert not standing.done(), "it was ended before it stood still"
     await database.run(lambda connection: connection.execute("UPDATE silent SET n = n + 1"))
     waited.set()
     with pytest.raises(Refusal) as refused:

@@ -30,8 +30,12 @@ class Shop(inventory_pb2_grpc.InventoryServiceServicer):
 
     def __init__(self) -> None:
         self.batcher: Batcher[str, str] = Batcher("shop", self._handle)
+        self.reached, self.released = asyncio.Event(), asyncio.Event()  # by "first", and for it
 
     async def _handle(self, skus: Sequence[str]) -> list[str | Exception]:
+        if "first" in skus:
+            self.reached.set()
+            await self.released.wait()
         await asyncio.sleep(1 if "slow" in skus else 0.02)  # the others gather
         return [Refusal("SKU_NOT_FOUND", "not here", sku=sku) if sku == "missing" else sku for sku in skus]
 
@@ -44,8 +48,9 @@ class Shop(inventory_pb2_grpc.InventoryServiceServicer):
 
 
 @asynccontextmanager
-async def shop(endpoint: str, ratio: float = 0.0) -> AsyncIterator[Any]:
+async def shop(endpoint: str, ratio: float = 0.0, served: Shop | None = None) -> AsyncIterator[Any]:
     """A stub of a server that exports to `endpoint`."""
+    servicer = served or Shop()  # type: ignore[abstract] # one call
     settings = Settings(
         database_dsn="postgresql://nobody@localhost/nothing",
         listen="127.0.0.1:0",
@@ -55,7 +60,7 @@ async def shop(endpoint: str, ratio: float = 0.0) -> AsyncIterator[Any]:
     )
 
     def register(target: Any) -> None:
-        inventory_pb2_grpc.add_InventoryServiceServicer_to_server(Shop(), target)  # type: ignore[abstract] # one call
+        inventory_pb2_grpc.add_InventoryServiceServicer_to_server(servicer, target)
 
     (running, *_), _, _ = server.build(settings, ERRORS, register, [])
     port = running.add_insecure_port("127.0.0.1:0")
@@ -144,11 +149,16 @@ async def test_a_flood_of_errors_is_not_traced_whole(collector: Collector) -> No
 async def test_a_batch_and_its_callers_link_to_each_other(collector: Collector) -> None:
     """Three traced callers and one that is not, in one batch: one span, in the first one's trace, linked both ways."""
     callers = [caller(sampled=True) for _ in range(3)]
-    async with shop(collector.endpoint) as stub:
+    served = Shop()  # type: ignore[abstract] # one call
+    async with shop(collector.endpoint, served=served) as stub:
         first = asyncio.ensure_future(stub.GetSku(pb.GetSkuRequest(sku="first")))
-        await asyncio.sleep(0.01)  # its batch is under way
+        await served.reached.wait()
         others = [stub.GetSku(pb.GetSkuRequest(sku="s"), metadata=metadata) for _, metadata in callers]
-        await asyncio.gather(first, *others, stub.GetSku(pb.GetSkuRequest(sku="s")))
+        others.append(stub.GetSku(pb.GetSkuRequest(sku="s")))
+        while len(served.batcher._queue) < len(others):
+            await asyncio.sleep(0.001)
+        served.released.set()
+        await asyncio.gather(first, *others)
     (batch,) = [span for span in collector.spans if span.name == "batch shop"]
     calls = [span for span in collector.spans if span.name == GET]
     assert {span.trace for span in calls} == {trace for trace, _ in callers}
@@ -207,6 +217,7 @@ async def test_a_collector_that_is_no_use(collector_that: Callable[[], AbstractA
 async def test_what_waits_is_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
     """Spans that find the queue full are dropped and counted."""
     monkeypatch.setattr(telemetry, "QUEUE_SPANS_MAX", 10)
+    monkeypatch.setattr(telemetry, "EXPORT_SECONDS", 3600)  # nothing leaves the queue meanwhile
     full = metrics.SPANS_DROPPED.labels("full")
     before = full._value.get()
     async with nobody() as endpoint, shop(endpoint, ratio=1) as stub:
