@@ -28,6 +28,7 @@ AGE_SECONDS = 2
 FOUND_SECONDS_MAX = 1.1 * AGE_SECONDS + RESOLVE_SECONDS_MIN + 2  # as documented, and two to connect on a busy machine
 CALLERS = 8
 CHI_SQUARE_MAX = {1: 10.8, 2: 13.8}  # by degrees of freedom: one run in a thousand is above
+SPREADS_MAX = 3
 
 
 class Names(BaseResolver):  # type: ignore[misc] # it has no types
@@ -157,11 +158,15 @@ async def test_calls_are_spread_evenly_and_follow_the_name(fleet: Fleet) -> None
     async with Holdfast(fleet.targets["inventory"], "ipv4:127.0.0.1:1") as holdfast:
 
         async def spread(*expected: str) -> None:
-            holdfast.pods.clear()
-            for _ in range(100):
-                await asyncio.gather(*(ask() for _ in range(9)))
-            assert set(holdfast.pods) == set(expected)
-            assert chi_square(holdfast.pods) < CHI_SQUARE_MAX[len(expected) - 1]
+            """All are called, and evenly in one of SPREADS_MAX tries: one is uneven by chance now and then."""
+            for _ in range(SPREADS_MAX):
+                holdfast.pods.clear()
+                for _ in range(100):
+                    await asyncio.gather(*(ask() for _ in range(9)))
+                assert set(holdfast.pods) == set(expected)
+                if chi_square(holdfast.pods) < CHI_SQUARE_MAX[len(expected) - 1]:
+                    return
+            pytest.fail(f"uneven each time, in the end {holdfast.pods}")
 
         async def ask() -> None:
             await holdfast.availability([("none", "MAIN")])

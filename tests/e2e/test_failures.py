@@ -15,7 +15,8 @@ from tests.e2e.shop import goods, new, stock
 
 CALLERS = 16
 ROUNDS = 12
-SOON_SECONDS = 1.0
+PING_SECONDS = (KEEPALIVE_MS + KEEPALIVE_ANSWER_MS_MAX) / 1000
+BUSY_SECONDS = 5.0  # what the calls themselves may take on a busy machine
 
 
 async def test_redis_stopped_under_load_is_slower_and_never_wrong(holdfast: Holdfast, stack: Stack) -> None:
@@ -50,10 +51,10 @@ async def test_a_pod_that_stands_still_is_left_for_the_others(holdfast: Holdfast
         os.kill(frozen, signal.SIGSTOP)
         try:
             first = await asyncio.gather(*(holdfast.reserve(new(), [(sku, "MAIN", 1)]) for _ in range(CALLERS)))
-            assert time.monotonic() - began < (KEEPALIVE_MS + KEEPALIVE_ANSWER_MS_MAX) / 1000 + SOON_SECONDS
+            assert time.monotonic() - began < PING_SECONDS + BUSY_SECONDS
             began = time.monotonic()
             later = [await holdfast.reserve(new(), [(sku, "MAIN", 1)]) for _ in range(CALLERS)]
-            assert time.monotonic() - began < SOON_SECONDS
+            assert time.monotonic() - began < PING_SECONDS, "somebody waited for a ping"
         finally:
             os.kill(frozen, signal.SIGCONT)
         assert {answer.outcome for answer in first + later} == {rp.RESERVE_OUTCOME_HELD}

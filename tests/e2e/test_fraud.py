@@ -33,23 +33,23 @@ async def case_of(holdfast: Holdfast, subject: str, decision: int = 0) -> pb.Cas
 
 
 async def test_a_bot_is_stopped_and_honest_customers_are_not(holdfast: Holdfast) -> None:
-    """300 holds in a minute from 5 customers of one network, none paid for: it gets no further than its limit, within
-    a second; others buy meanwhile. Its network is blocked and its case says why.
+    """300 holds in a minute from 5 customers of one network, none paid for: it gets no further than its limit at each
+    pod; others buy meanwhile. Its network is blocked and its case says why.
     """
     wanted = await goods(holdfast, 10_000)
     run, octet = new("bot"), int(time.time()) % 250
     bots = [f"{run}-{n}" for n in range(5)]
-    held: list[float] = []
+    held: list[str] = []
     refused: Counter[str] = Counter()
     honest: Counter[str] = Counter()
     kinds: set[str] = set()
     done = asyncio.Event()
 
     async def bot(number: int) -> None:
-        who = {"customer_id": bots[number % 5], "ip_address": f"198.51.{octet}.{number % 200}"}
+        who = {"customer_id": bots[number % 5], "ip_address": f"198.18.{octet}.{number % 200}"}
         try:
             await holdfast.reserve(f"{run}-{number}", [(wanted, "", 1)], **who)  # type: ignore[arg-type]
-            held.append(time.monotonic())
+            held.append(f"{run}-{number}")
         except Refusal as refusal:
             refused[refusal.reason] += 1
             kinds.add(refusal.metadata["subject_kind"])
@@ -65,25 +65,22 @@ async def test_a_bot_is_stopped_and_honest_customers_are_not(holdfast: Holdfast)
             await asyncio.sleep(2.2)  # no more than a person does
 
     customers = asyncio.gather(*(customer(number) for number in range(8)))
-    began = time.monotonic()
     for start in range(0, 300, 10):
         await asyncio.gather(*(bot(number) for number in range(start, start + 10)))
     done.set()
     await customers
 
-    passed = held[LIMIT - 1] if len(held) >= LIMIT else began
     assert len(held) + refused.total() == 300
     assert set(refused) <= {"LIMIT_REACHED", "SUBJECT_BLOCKED"}
     assert "NETWORK" in kinds
-    assert held[-1] < passed + 1, f"{len(held)} of 300 were held"
     assert len(held) <= 2 * LIMIT, "each of two pods lets in no more than the limit"
     assert len(honest) == 8
 
-    network = (await holdfast.resolve(networks=[f"198.51.{octet}.1"]))[0].subject
+    network = (await holdfast.resolve(networks=[f"198.18.{octet}.1"]))[0].subject
     case = await case_of(holdfast, network, pb.DECISION_BLOCK)
     assert {fired.rule_id for fired in case.rules} == {"network-in-a-hurry", "many-customers-on-one-sku"}
     with pytest.raises(Refusal) as blocked:
-        await holdfast.reserve(new(run), [(wanted, "", 1)], ip_address=f"198.51.{octet}.250")
+        await holdfast.reserve(new(run), [(wanted, "", 1)], ip_address=f"198.18.{octet}.250")
     assert blocked.value.reason in {"SUBJECT_BLOCKED", "LIMIT_REACHED"}
     for name in [f"{run}-honest-{number}" for number in range(8)]:
         subject = (await holdfast.resolve(customers=[name]))[0].subject
