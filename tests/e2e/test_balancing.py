@@ -186,6 +186,7 @@ async def test_calls_are_spread_evenly_and_follow_the_name(fleet: Fleet) -> None
         await spread(first, third)
 
 
+@pytest.mark.timeout(400)
 async def test_a_rolling_restart_of_all_pods_fails_no_call(fleet: Fleet) -> None:
     """Every pod of inventory and of reservation gives way to a new one with a new address, under load."""
     names = ["inventory", "inventory", "reservation", "reservation"]

@@ -21,6 +21,8 @@ from shared.kafka import Brokers
 from shared.topics import grow
 from tests.e2e.shop import goods, new, view
 
+pytestmark = pytest.mark.timeout(400)  # a deployment is stopped and started within a test
+
 TABLES = (
     "sku", "stock_view", "activity", "movement", "stock_out", "goods_return", "reservation", "reservation_state",
     "sale", "refusal", "snapshot", "gap",
