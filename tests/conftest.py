@@ -5,6 +5,7 @@ import tempfile
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 
+import hypothesis
 import pytest
 import redis.asyncio as redis
 
@@ -16,6 +17,11 @@ from services.inventory.commands import Commands
 from shared.client import Holdfast
 from shared.database import Database
 from tests.collector import Collector, collecting
+
+# No example fails by its time on a busy machine, and one that fails is printed so that it can be run again. It inherits
+# Hypothesis's own profile for CI where that is loaded.
+hypothesis.settings.register_profile("holdfast", deadline=None, print_blob=True)
+hypothesis.settings.load_profile("holdfast")
 
 
 @pytest.fixture(scope="session")
