@@ -89,7 +89,9 @@ class Cache:
         for stock in stocks:
             seen = Seen(stock, as_of)
             self._remember(seen)
-            self._behind[stock.key] = seen
+            waiting = self._behind.get(stock.key)
+            if waiting is None or waiting.stock.version <= stock.version:
+                self._behind[stock.key] = seen
         if self._writer is None and self._behind:
             self._writer = asyncio.get_running_loop().create_task(self._write_behind())
 

@@ -134,7 +134,7 @@ class Catalogue:
         errors: list[tuple[int, Refusal]] = []
         for row in rows:
             first = known.get(_import_id(request_id, row))
-            refusal = unknown(row.sku[0], row.location, archived, locations)
+            refusal = next(unknown(row.sku[0], row.location, archived, locations), None)
             if first and first.fingerprint != row.fingerprint:
                 refusal = reused(request_id)
             if refusal:

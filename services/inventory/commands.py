@@ -4,7 +4,7 @@ The package's docstring says why this is right. Here: `place` (holds), `change` 
 and expire), `sweep`, `adjust`, and what mends a ledger. What is sold where: `catalogue`.
 """
 
-from collections.abc import Awaitable, Callable, Iterable, Sequence
+from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -32,6 +32,7 @@ from services.inventory.domain import (
     Plan,
     Reason,
     Shelf,
+    ShortLine,
     Stock,
 )
 from shared import metrics
@@ -41,6 +42,7 @@ from shared.workers import turns
 
 SHORT_SKUS_MAX = 100_000
 SWEEP_HOLDS_MAX = 500
+RECLAIM_HOLDS_MAX = 2_000  # in one transaction, whose locks others wait for
 SWEEP_LOOKS = 2  # before keys are locked: who was first to what is due was another pod, most of the time
 AT_ONCE_LINES_MAX = 1_000
 RECONCILE_KEYS = 500
@@ -78,7 +80,7 @@ class Commands:
             len({request.hold_id for request in requests}) < len(requests)
             or sum(len(request.lines) for request in requests) > AT_ONCE_LINES_MAX
         ):
-            return await self._commit(lambda connection: self._place_exactly(connection, requests))
+            return await self._place_in_order(requests)
         answers: dict[str, Placed | Refusal] = {}
         left = requests
         hurried = not any(line.sku in self._short for request in requests for line in request.lines)
@@ -90,10 +92,15 @@ class Commands:
             if answers or not hurried:
                 answers |= await self._place_at_once(left)
         left = [request for request in left if request.hold_id not in answers]
-        if left:
-            exactly = await self._commit(lambda connection: self._place_exactly(connection, left))
-            answers |= zip((request.hold_id for request in left), exactly, strict=True)
+        answers |= zip((request.hold_id for request in left), await self._place_in_order(left), strict=True)
         return [answers[request.hold_id] for request in requests]
+
+    async def _place_in_order(self, requests: Sequence[HoldRequest]) -> list[Placed | Refusal]:
+        """Place them exactly, once all that has expired in their way was given back."""
+        placed: list[Placed | Refusal] = []
+        while len(placed) < len(requests):
+            placed = await self._commit(lambda connection: self._place_exactly(connection, requests))
+        return placed
 
     async def _place_at_once(self, requests: Sequence[HoldRequest]) -> dict[str, Placed]:
         """Place them all in one statement; none of them, and nothing is changed, where it takes more than that."""
@@ -140,12 +147,19 @@ class Commands:
             if len(self._short) > SHORT_SKUS_MAX:
                 self._short.clear()
             self._short |= {line.sku for _, plan in plans.values() for line in plan.short_lines}
-            deciding = {key for request, _ in plans.values() for line in request.lines for key in keys[line]}
+            deciding = {
+                key
+                for request, plan in plans.values()
+                # Of one that wants all, what is short decides, whatever becomes of the rest.
+                for line in (plan.short_lines if request.mode is Mode.ALL else request.lines)
+                for key in _keys(line.sku, line.location, sources)
+            }
             until = {key: expiry for key in deciding if (expiry := seen[key][1])}
             explained = _explained(plans, sources, until)
             rows = [
-                (request, sku, [line for line in plan.short_lines if line.sku == sku])
+                (request, sku, short.get(sku, ()))
                 for request, plan in explained.values()
+                for short in [_short_by_sku(plan)]
                 for sku in {line.sku for line in request.lines}
             ]
             try:
@@ -180,6 +194,7 @@ class Commands:
     async def _place_exactly(
         self, connection: Connection, requests: Sequence[HoldRequest]
     ) -> tuple[list[Placed | Refusal], Shelf, datetime]:
+        """One answer after the other; none yet, where more has expired in their way than is given back at a time."""
         lines = [line for request in requests for line in request.lines]
         sources = await store.sources(connection, [line.sku for line in lines if not line.location])
         keys = {(line.sku, line.location) for line in lines if line.location}
@@ -188,7 +203,12 @@ class Commands:
         known = await store.read_holds(connection, [(line.sku, r.hold_id) for r in requests for line in r.lines])
         refused = await self._unsellable(connection, requests, before, sources)
         shelf = Shelf(dict(before))
-        await self._reclaim(connection, shelf, _short_keys(requests, before, sources), now)
+        short = _short_keys(requests, before, sources)
+        due = await store.expired_on_keys(connection, short, now, RECLAIM_HOLDS_MAX)
+        await self._give_back(connection, shelf, due, now)
+        if len(due) == RECLAIM_HOLDS_MAX:
+            await self._save(connection, before, shelf, now)
+            return [], shelf, now
 
         answers: list[Placed | Refusal | None] = []
         plans: dict[str, tuple[HoldRequest, Plan]] = {}
@@ -198,7 +218,7 @@ class Commands:
                 content = first[0].fingerprint if first else known[request.hold_id][0].fingerprint
                 same = content == request.fingerprint
                 answers.append(None if same else reused(request.hold_id))
-            elif refusal := refused.get(request.hold_id):
+            elif refusal := refused.get(request):
                 answers.append(refusal)
             else:
                 plan = domain.plan(request, shelf, sources)
@@ -213,11 +233,14 @@ class Commands:
             for key in _keys(line.sku, line.location, sources)
         }
         looks = await store.look(connection, doubtful) if doubtful else {}
-        plans = _explained(plans, sources, {key: expiry for key, (_, expiry) in looks.items() if expiry})
+        until = {key: expiry for key, (_, expiry) in looks.items() if expiry}
+        for request, plan in plans.values():
+            for part in plan.allocations:
+                until[part.key] = min(until.get(part.key, _LATE), now + request.ttl)
+        plans = _explained(plans, sources, until)
         rows = [row for request, plan in plans.values() for row in _rows(request, plan, now)]
         await store.insert_holds(connection, rows, now)
-        await store.save(connection, before, shelf.stocks, now)
-        await store.insert_movements(connection, shelf.movements, now)
+        await self._save(connection, before, shelf, now)
 
         fresh: set[str] = set()
         placed: list[Placed | Refusal] = []
@@ -241,8 +264,8 @@ class Commands:
         requests: Sequence[HoldRequest],
         stocks: dict[Key, Stock],
         sources: dict[str, list[str]],
-    ) -> dict[str, Refusal]:
-        """Holds that name a SKU or a location that is unknown or archived, by hold id."""
+    ) -> dict[HoldRequest, Refusal]:
+        """The requests that name a SKU or a location that is unknown or archived."""
         doubtful = [
             line
             for request in requests
@@ -253,22 +276,26 @@ class Commands:
             return {}
         skus = await store.unknown_skus(connection, [line.sku for line in doubtful])
         locations = await store.unknown_locations(connection, [x.location for x in doubtful if x.location])
-        refused: dict[str, Refusal] = {}
+        refused: dict[HoldRequest, Refusal] = {}
         for request in requests:
             for line in request.lines:
-                refusal = unknown(line.sku, line.location, skus, locations)
-                if refusal and request.hold_id not in refused:
-                    refused[request.hold_id] = refusal
+                for refusal in unknown(line.sku, line.location, skus, locations):
+                    refused.setdefault(request, refusal)
         return refused
 
-    async def _reclaim(self, connection: Connection, shelf: Shelf, keys: Iterable[Key], now: datetime) -> int:
-        """Give back what has expired on locked keys; return how many hold rows it was."""
-        rows = await store.expired_on_keys(connection, keys, now)
-        for row in rows:
-            shelf.move(row.key, Kind.EXPIRE, held=-row.held, hold_id=row.hold_id)
+    async def _give_back(self, connection: Connection, shelf: Shelf, due: Sequence[HoldRow], now: datetime) -> None:
+        """Expire holds on locked keys, whose time has come."""
+        parts = [(row, row.held) for row in due]
+        for row, units in parts:
+            shelf.move(row.key, Kind.EXPIRE, held=-units, hold_id=row.hold_id)
             metrics.EXPIRY_DELAY_SECONDS.observe((now - row.expires_at).total_seconds())
-        await store.move_holds(connection, Kind.EXPIRE, [(row, row.held) for row in rows])
-        return len(rows)
+        after = [replace(row, held=0, expired=row.expired + units) for row, units in parts]
+        await store.save_holds(connection, due, after)
+
+    async def _save(self, connection: Connection, before: dict[Key, Stock], shelf: Shelf, now: datetime) -> None:
+        """Write what was decided of locked stock, and the ledger of it."""
+        await store.save(connection, before, shelf.stocks, now)
+        await store.insert_movements(connection, shelf.movements, now)
 
     async def change(self, changes: Sequence[HoldChange]) -> list[Changed | Refusal]:
         """Commit (COMMIT), release (RELEASE), extend (HOLD) or expire (EXPIRE) holds, each whole or not.
@@ -307,51 +334,38 @@ class Commands:
         # Where a hold's units are never changes, so this may be read before the lock; what is left may not.
         where = await store.read_holds(connection, ids)
         before, now = await store.lock(connection, {row.key for rows in where.values() for row in rows if row.location})
-        # A hold placed in between stands on keys that are not locked: it is not known yet.
-        found = await store.read_holds(connection, ids)
-        holds = {
-            hold_id: ours
-            for hold_id, rows in found.items()
-            if (ours := [row for row in rows if row.key in before or not row.location])
-        }
+        # A hold placed in between stands on keys that are not all locked: it is not known yet.
+        found = [
+            row
+            for rows in (await store.read_holds(connection, ids)).values()
+            if all(row.key in before or not row.location for row in rows)
+            for row in rows
+        ]
+        holds = _by_sku(found)
         known = await store.read_changes(connection, changes)
         shelf = Shelf(dict(before))
+        made: list[tuple[HoldChange, tuple[Allocation, ...], datetime]] = []
         answers: list[Changed | Refusal] = []
-        made: dict[tuple[str, str], tuple[HoldChange, tuple[Allocation, ...], datetime]] = {}
-        taken: dict[Kind, list[tuple[HoldRow, int]]] = {Kind.COMMIT: [], Kind.RELEASE: [], Kind.EXPIRE: []}
-        extended: dict[tuple[str, str], datetime] = {}
         for change in changes:
-            identity = (change.hold_id, change.request_id)
-            if identity in made and change.kind is not Kind.EXPIRE:
-                first, allocations, expires_at = made[identity]
-                same = first.fingerprint == change.fingerprint
-                replayed = Changed(change.hold_id, allocations, expires_at, now, replayed=True)
-                answers.append(replayed if same else reused(change.request_id))
+            first = known.get((change.hold_id, change.request_id))
+            if first and change.kind is not Kind.EXPIRE:
+                answers.append(_repeated(change, first))
                 continue
-            if identity in known:
-                same = all(part.fingerprint == change.fingerprint for part in known[identity])
-                parts = tuple(a for part in known[identity] for a in part.allocations)
-                first_part = known[identity][0]
-                replayed = Changed(change.hold_id, parts, first_part.expires_at, first_part.changed_at, replayed=True)
-                answers.append(replayed if same else reused(change.request_id))
-                continue
-            rows = [row for row in holds.get(change.hold_id, ()) if row.sku in change.skus]
+            rows = [row for sku in change.skus for row in holds.get((sku, change.hold_id), ())]
             try:
-                outcome = _apply(shelf, change, rows, now, taken, extended)
+                changed, after = _apply(shelf, change, rows, now)
             except Refusal as refusal:
                 answers.append(refusal)
                 continue
-            if change.hold_id in holds:
-                holds[change.hold_id] = _after(holds[change.hold_id], change, taken, extended)
+            answers.append(changed)
+            holds |= _by_sku(after)
             if change.kind is not Kind.EXPIRE:
-                made[identity] = (change, outcome.allocations, outcome.expires_at)
-            answers.append(outcome)
-        for kind, rows_taken in taken.items():
-            await store.move_holds(connection, kind, rows_taken)
-        await store.extend_holds(connection, [(*key, until) for key, until in extended.items()])
-        await store.insert_changes(connection, made.values(), now)
-        await store.save(connection, before, shelf.stocks, now)
-        await store.insert_movements(connection, shelf.movements, now)
+                made.append((change, changed.allocations, changed.expires_at))
+                outcome = store.KnownChange(change.fingerprint, changed.allocations, changed.expires_at, now)
+                known[change.hold_id, change.request_id] = [outcome]
+        await store.save_holds(connection, found, (row for rows in holds.values() for row in rows))
+        await store.insert_changes(connection, made, now)
+        await self._save(connection, before, shelf, now)
         return answers, shelf, now
 
     async def sweep(self, holds_max: int = SWEEP_HOLDS_MAX) -> int:
@@ -362,14 +376,35 @@ class Commands:
                 due = await store.expired(connection, holds_max)
                 if not due or await self._expire_at_once(connection, due):
                     return len(due)
+        try:
+            return await self._expire_exactly(due)
+        except asyncpg.CheckViolationError:
+            # A key that drifts, with less held than its holds come to, keeps its own and no others from being expired.
+            return sum([await self._expire_alone(key, due) for key in sorted({row.key for row in due})])
+
+    async def _expire_alone(self, key: Key, due: Iterable[HoldRow]) -> int:
+        try:
+            return await self._expire_exactly([row for row in due if row.key == key])
+        except asyncpg.CheckViolationError:
+            return 0  # the reconciler tells of it
+
+    async def _expire_exactly(self, due: Sequence[HoldRow]) -> int:
+        """Expire those of the holds that still are as they were read, under locks; return how many."""
 
         async def work(connection: Connection) -> tuple[int, Shelf, datetime]:
             before, now = await store.lock(connection, {row.key for row in due})
             shelf = Shelf(dict(before))
-            swept = await self._reclaim(connection, shelf, before, now)
-            await store.save(connection, before, shelf.stocks, now)
-            await store.insert_movements(connection, shelf.movements, now)
-            return swept, shelf, now
+            found = await store.read_holds(connection, {(row.sku, row.hold_id) for row in due})
+            seen = {row.slot_key for row in due}
+            left = [
+                row
+                for rows in found.values()
+                for row in rows
+                if row.slot_key in seen and row.held and row.expires_at <= now
+            ]
+            await self._give_back(connection, shelf, left, now)
+            await self._save(connection, before, shelf, now)
+            return len(left), shelf, now
 
         return await self._commit(work)
 
@@ -415,8 +450,7 @@ class Commands:
             entries = [entry for one in found if (entry := domain.repair(before[one.key], one, request_id))]
             shelf = Shelf(dict(before) | {entry.after.key: entry.after for entry in entries}, entries)
             if apply:
-                await store.save(connection, before, shelf.stocks, now)
-                await store.insert_movements(connection, entries, now)
+                await self._save(connection, before, shelf, now)
             return entries, shelf if apply else Shelf({}), now
 
         return await self._commit(work)
@@ -426,26 +460,17 @@ class Commands:
     async def adjust(self, adjustments: Sequence[Adjustment]) -> list[inventory_pb2.AdjustStockResponse | Refusal]:
         """Apply adjustments in order, each atomic; a repeat gets its first outcome, refusals included."""
         keys = {key for ask in adjustments for key in ask.keys}
-
-        async def work(
-            connection: Connection,
-        ) -> tuple[list[inventory_pb2.AdjustStockResponse | Refusal], Shelf, datetime]:
-            return await self._adjust(connection, adjustments, keys)
-
-        try:
-            return await self._commit(work)
-        except _NoStockRowError:
-            # Some key has no stock row yet: make those that can be, on their own, and do it again.
-            await self._database.run(lambda connection: store.make_stock(connection, keys))
-            keys = set()
-            return await self._commit(work)
+        while True:
+            try:
+                return await self._commit(lambda connection: self._adjust(connection, adjustments, keys))
+            except _NoStockRowError:
+                # Made on their own, and then it is done again. None ever goes, so this comes to an end.
+                await self._database.run(lambda connection: store.make_stock(connection, keys))
 
     async def _adjust(
-        self, connection: Connection, adjustments: Sequence[Adjustment], required: set[Key]
+        self, connection: Connection, adjustments: Sequence[Adjustment], keys: Iterable[Key]
     ) -> tuple[list[inventory_pb2.AdjustStockResponse | Refusal], Shelf, datetime]:
-        before, now = await store.lock(connection, {key for ask in adjustments for key in ask.keys})
-        if not required <= before.keys():
-            raise _NoStockRowError
+        before, now = await store.lock(connection, keys)
         known = await store.read_requests(connection, [(ask.sku, ask.request_id) for ask in adjustments])
         doubtful = [ask for ask in adjustments if not all(_active(before, key) for key in ask.keys)]
         skus, locations = {}, {}
@@ -460,13 +485,12 @@ class Commands:
             if first := known.get((ask.sku, ask.request_id)):
                 answers.append(first_outcome(first, ask.fingerprint, inventory_pb2.AdjustStockResponse))
                 continue
-            missing = next(
-                (r for sku, at in ask.keys if (r := unknown(sku, at, skus, locations)) and _bars(ask, r)),
-                None,
-            )
-            if missing:
-                answers.append(missing)
+            barred = [one for key in ask.keys for one in unknown(*key, skus, locations) if _bars(ask, one)]
+            if barred:
+                answers.append(barred[0])
                 continue
+            if not before.keys() >= set(ask.keys):
+                raise _NoStockRowError
             try:
                 answer = codec.adjusted(domain.adjust(shelf, ask), now)
                 request = store.Request(ask.sku, ask.request_id, ask.fingerprint, answer.SerializeToString())
@@ -478,8 +502,7 @@ class Commands:
             known[ask.sku, ask.request_id] = request
             fresh.append(request)
         await store.insert_requests(connection, fresh)
-        await store.save(connection, before, shelf.stocks, now)
-        await store.insert_movements(connection, shelf.movements, now)
+        await self._save(connection, before, shelf, now)
         return answers, shelf, now
 
     # -- both -------------------------------------------------------------------------------------
@@ -507,17 +530,26 @@ def _book(shelf: Shelf, request: HoldRequest, plan: Plan) -> None:
 def _rows(request: HoldRequest, plan: Plan, now: datetime) -> list[HoldRow]:
     """The hold's rows. Each SKU has slot 0, even with nothing held, so that a repeat always meets it."""
     rows: list[HoldRow] = []
-    for sku in sorted({line.sku for line in request.lines}):
-        parts = [(part.location, part.quantity) for part in plan.allocations if part.sku == sku] or [("", 0)]
-        short = tuple(line for line in plan.short_lines if line.sku == sku)
+    short = _short_by_sku(plan)
+    parts: dict[str, list[tuple[str, int]]] = {sku: [] for sku in sorted({line.sku for line in request.lines})}
+    for part in plan.allocations:
+        parts[part.sku].append((part.location, part.quantity))
+    for sku, held in parts.items():
         rows += [
             HoldRow(
                 sku, request.hold_id, slot, location, quantity, quantity, 0, 0, 0, request.fingerprint,
-                now, now + request.ttl, () if slot else short,
+                now, now + request.ttl, () if slot else tuple(short.get(sku, ())),
             )
-            for slot, (location, quantity) in enumerate(parts)
+            for slot, (location, quantity) in enumerate(held or [("", 0)])
         ]  # fmt: skip
     return rows
+
+
+def _short_by_sku(plan: Plan) -> dict[str, list[ShortLine]]:
+    found: dict[str, list[ShortLine]] = {}
+    for line in plan.short_lines:
+        found.setdefault(line.sku, []).append(line)
+    return found
 
 
 def _explained(
@@ -563,16 +595,18 @@ def _active(stocks: dict[Key, Stock], key: Key) -> bool:
     return key in stocks and stocks[key].active
 
 
-def unknown(sku: str, location: str, skus: dict[str, bool], locations: dict[str, bool]) -> Refusal | None:
+def unknown(sku: str, location: str, skus: dict[str, bool], locations: dict[str, bool]) -> Iterator[Refusal]:
+    """What speaks against a key: of those that take nothing new, `skus` and `locations` have True where archived."""
     if sku in skus:
         if skus[sku]:
-            return Refusal(Reason.SKU_ARCHIVED, f"SKU {sku} is archived", sku=sku)
-        return Refusal(Reason.SKU_NOT_FOUND, f"there is no SKU {sku}", sku=sku)
+            yield Refusal(Reason.SKU_ARCHIVED, f"SKU {sku} is archived", sku=sku)
+        else:
+            yield Refusal(Reason.SKU_NOT_FOUND, f"there is no SKU {sku}", sku=sku)
     if location in locations:
         if locations[location]:
-            return Refusal(Reason.LOCATION_ARCHIVED, f"location {location} is archived", location=location)
-        return Refusal(Reason.LOCATION_NOT_FOUND, f"there is no location {location}", location=location)
-    return None
+            yield Refusal(Reason.LOCATION_ARCHIVED, f"location {location} is archived", location=location)
+        else:
+            yield Refusal(Reason.LOCATION_NOT_FOUND, f"there is no location {location}", location=location)
 
 
 def _bars(ask: Adjustment, refusal: Refusal) -> bool:
@@ -585,19 +619,27 @@ def _bars(ask: Adjustment, refusal: Refusal) -> bool:
     return not (archived and leaving)
 
 
-def _apply(
-    shelf: Shelf,
-    change: HoldChange,
-    rows: Sequence[HoldRow],
-    now: datetime,
-    taken: dict[Kind, list[tuple[HoldRow, int]]],
-    extended: dict[tuple[str, str], datetime],
-) -> Changed:
-    """Decide and book one change of a hold."""
+def _by_sku(rows: Iterable[HoldRow]) -> dict[tuple[str, str], list[HoldRow]]:
+    """Rows of holds by SKU and hold id, in the order in which they come."""
+    found: dict[tuple[str, str], list[HoldRow]] = {}
+    for row in rows:
+        found.setdefault((row.sku, row.hold_id), []).append(row)
+    return found
+
+
+def _repeated(change: HoldChange, first: Sequence[store.KnownChange]) -> Changed | Refusal:
+    """What a change whose id is known came to, SKU by SKU; or the refusal of other content under its id."""
+    if any(part.fingerprint != change.fingerprint for part in first):
+        return reused(change.request_id)
+    allocations = tuple(allocation for part in first for allocation in part.allocations)
+    return Changed(change.hold_id, allocations, first[0].expires_at, first[0].changed_at, replayed=True)
+
+
+def _apply(shelf: Shelf, change: HoldChange, rows: Sequence[HoldRow], now: datetime) -> tuple[Changed, list[HoldRow]]:
+    """Decide and book one change of a hold; its answer, and the hold's rows afterwards."""
     if change.kind is Kind.HOLD:
         until = domain.extend(change, rows, now)
-        extended.update({(sku, change.hold_id): until for sku in change.skus})
-        return Changed(change.hold_id, (), until, now)
+        return Changed(change.hold_id, (), until, now), domain.after_extending(rows, until)
     parts, allocations = _leaving(change, rows, now)
     for row, quantity in parts:
         shelf.move(
@@ -608,8 +650,8 @@ def _apply(
             hold_id=change.hold_id,
             request_id="" if change.kind is Kind.EXPIRE else change.request_id,
         )
-    taken[change.kind] += parts
-    return Changed(change.hold_id, allocations, max(row.expires_at for row in rows), now)
+    changed = Changed(change.hold_id, allocations, max(row.expires_at for row in rows), now)
+    return changed, domain.after_leaving(rows, change.kind, parts)
 
 
 def _taking(
@@ -636,28 +678,6 @@ def _allocations(taken: Iterable[tuple[HoldRow, int]]) -> tuple[Allocation, ...]
     for row, quantity in taken:
         units[row.key] = units.get(row.key, 0) + quantity
     return tuple(Allocation(*key, quantity) for key, quantity in sorted(units.items()) if quantity)
-
-
-def _after(
-    rows: Sequence[HoldRow],
-    change: HoldChange,
-    taken: dict[Kind, list[tuple[HoldRow, int]]],
-    extended: dict[tuple[str, str], datetime],
-) -> list[HoldRow]:
-    """A hold's rows after a change, for the next change of it in the batch."""
-    if change.kind is Kind.HOLD:
-        return [replace(row, expires_at=extended.get((row.sku, row.hold_id), row.expires_at)) for row in rows]
-    gone: dict[tuple[str, int], int] = {}
-    for row, quantity in taken[change.kind]:
-        if row.hold_id == change.hold_id and any(row is known for known in rows):
-            gone[row.sku, row.slot] = gone.get((row.sku, row.slot), 0) + quantity
-    column = {Kind.COMMIT: "committed", Kind.RELEASE: "released", Kind.EXPIRE: "expired"}[change.kind]
-    return [
-        replace(row, held=row.held - units, **{column: getattr(row, column) + units})
-        if (units := gone.get((row.sku, row.slot), 0))
-        else row
-        for row in rows
-    ]
 
 
 def first_outcome(request: store.Request, fingerprint: bytes, answer_type: type[Answer]) -> Answer | Refusal:

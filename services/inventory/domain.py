@@ -188,6 +188,10 @@ class Allocation:
     location: str
     quantity: int
 
+    @property
+    def key(self) -> Key:
+        return self.sku, self.location
+
 
 @dataclass(frozen=True, slots=True)
 class ShortLine:
@@ -241,6 +245,11 @@ class HoldRow:
     @property
     def key(self) -> Key:
         return self.sku, self.location
+
+    @property
+    def slot_key(self) -> tuple[str, str, int]:
+        """The row's own key."""
+        return self.sku, self.hold_id, self.slot
 
 
 @dataclass(frozen=True, slots=True)
@@ -539,9 +548,12 @@ def take(change: HoldChange, rows: Sequence[HoldRow], now: datetime) -> list[tup
     if any(row.expires_at <= now for row in open_rows):
         raise Refusal(Reason.HOLD_EXPIRED, f"the time of hold {change.hold_id} has come", hold_id=change.hold_id)
     left = {(row.sku, row.slot): row.held for row in open_rows}
+    by_sku: dict[str, list[HoldRow]] = {}
+    for row in open_rows:
+        by_sku.setdefault(row.sku, []).append(row)
     taken: list[tuple[HoldRow, int]] = []
     for line in change.lines:
-        mine = [row for row in open_rows if row.sku == line.sku and line.location in {"", row.location}]
+        mine = [row for row in by_sku.get(line.sku, ()) if line.location in {"", row.location}]
         held = sum(left[row.sku, row.slot] for row in mine)
         wanted = line.quantity or held
         if wanted > held:
@@ -584,6 +596,25 @@ def expire(change: HoldChange, rows: Sequence[HoldRow], now: datetime) -> list[t
     if any(row.held and row.expires_at > now for row in rows):
         raise Refusal(Reason.HOLD_NOT_EXPIRED, f"the time of hold {change.hold_id} is to come", hold_id=change.hold_id)
     return [(row, row.held) for row in rows if row.held]
+
+
+def after_leaving(rows: Iterable[HoldRow], kind: Kind, parts: Iterable[tuple[HoldRow, int]]) -> list[HoldRow]:
+    """A hold's rows once these parts of them were committed, released or expired."""
+    gone: Counter[tuple[str, int]] = Counter()
+    for row, units in parts:
+        gone[row.sku, row.slot] += units
+    column = {Kind.COMMIT: "committed", Kind.RELEASE: "released", Kind.EXPIRE: "expired"}[kind]
+    return [
+        replace(row, held=row.held - units, **{column: getattr(row, column) + units})
+        if (units := gone[row.sku, row.slot])
+        else row
+        for row in rows
+    ]
+
+
+def after_extending(rows: Iterable[HoldRow], until: datetime) -> list[HoldRow]:
+    """A hold's rows once it lives longer: those of which something is left."""
+    return [replace(row, expires_at=until) if row.held else row for row in rows]
 
 
 def _require_known(change: HoldChange, rows: Sequence[HoldRow]) -> None:

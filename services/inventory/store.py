@@ -176,6 +176,9 @@ FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::bigint[], $6
   AS new (sku, location, on_hand, held, safety_stock, backorder_limit, short, version, old_version)
 WHERE stock.sku = new.sku AND stock.location = new.location AND stock.version = new.old_version
 """
+# Locks what a new stock row depends on, so that whoever archives it meanwhile closes the row too, or was first.
+LOCK_SKUS = "UPDATE sku SET version = version FROM unnest($1::text[]) AS key (code) WHERE sku = key.code"
+LOCK_LOCATIONS = "UPDATE location SET version = version FROM unnest($1::text[]) AS key (code) WHERE location = key.code"
 # Makes the stock rows that are missing, where both SKU and location are known.
 MAKE_STOCK = """
 INSERT INTO stock (sku, location, active)
@@ -229,27 +232,21 @@ SELECT hold.* FROM unnest($1::text[], $2::text[]) AS asked (sku, hold_id)
   JOIN hold ON hold.sku = asked.sku AND hold.hold_id = asked.hold_id
 ORDER BY hold.sku, hold.hold_id, hold.location, hold.slot
 """
-# What is left of some holds moves from `held` to where it went; `held` guards it.
-MOVE_HOLDS = """
-UPDATE hold SET held = hold.held - gone.committed - gone.released - gone.expired,
-                committed = hold.committed + gone.committed, released = hold.released + gone.released,
-                expired = hold.expired + gone.expired
-FROM unnest($1::text[], $2::text[], $3::smallint[], $4::bigint[], $5::bigint[], $6::bigint[])
-  AS gone (sku, hold_id, slot, committed, released, expired)
-WHERE hold.sku = gone.sku AND hold.hold_id = gone.hold_id AND hold.slot = gone.slot
-  AND hold.held >= gone.committed + gone.released + gone.expired
+# Hold rows as they were decided under their stock rows' locks; what was held says that they were.
+SAVE_HOLDS = """
+UPDATE hold SET held = new.held, committed = new.committed, released = new.released, expired = new.expired,
+                expires_at = new.expires_at
+FROM unnest($1::text[], $2::text[], $3::smallint[], $4::bigint[], $5::bigint[], $6::bigint[], $7::bigint[],
+            $8::timestamptz[], $9::bigint[])
+  AS new (sku, hold_id, slot, held, committed, released, expired, expires_at, old_held)
+WHERE hold.sku = new.sku AND hold.hold_id = new.hold_id AND hold.slot = new.slot AND hold.held = new.old_held
 """
-EXTEND_HOLDS = """
-UPDATE hold SET expires_at = new.expires_at
-FROM unnest($1::text[], $2::text[], $3::timestamptz[]) AS new (sku, hold_id, expires_at)
-WHERE hold.sku = new.sku AND hold.hold_id = new.hold_id AND hold.held > 0
-"""
-# Expired holds on locked keys, to be given back before anyone is refused.
+# Expired holds on locked keys, to be given back before anyone is refused; so many at a time.
 EXPIRED_ON_KEYS = """
 SELECT hold.* FROM unnest($1::text[], $2::text[]) AS key (sku, location)
   JOIN hold ON hold.sku = key.sku AND hold.location = key.location
 WHERE hold.held > 0 AND hold.expires_at <= $3
-ORDER BY hold.sku, hold.location, hold.expires_at
+ORDER BY hold.sku, hold.location, hold.expires_at LIMIT $4
 """
 # Holds whose time has come, as they are read without a lock.
 EXPIRED = "SELECT * FROM hold WHERE held > 0 AND expires_at <= now() ORDER BY expires_at LIMIT $1"
@@ -522,8 +519,7 @@ async def change(
                     units, sold_before + sold, held_before + units,
                 )
             )  # fmt: skip
-            slot = (row.sku, row.hold_id, row.slot)
-            _, _, going = slots.setdefault(slot, (row.held, row.expires_at, dict.fromkeys(LEAVING, 0)))
+            _, _, going = slots.setdefault(row.slot_key, (row.held, row.expires_at, dict.fromkeys(LEAVING, 0)))
             going[change.kind] += units
     if not moves:
         return {}, await _clock(connection)
@@ -577,7 +573,11 @@ async def save(connection: Connection, before: Mapping[Key, Stock], after: Mappi
 
 
 async def make_stock(connection: Connection, keys: Iterable[Key]) -> None:
-    await connection.execute(MAKE_STOCK, *split(sorted(set(keys))))
+    """Make the stock rows that are missing, where both SKU and location are known."""
+    ordered = sorted(set(keys))
+    await connection.execute(LOCK_LOCATIONS, sorted({location for _, location in ordered}))
+    await connection.execute(LOCK_SKUS, sorted({sku for sku, _ in ordered}))
+    await connection.execute(MAKE_STOCK, *split(ordered))
 
 
 async def sources(connection: Connection, skus: Iterable[str]) -> dict[str, list[str]]:
@@ -667,31 +667,20 @@ async def read_holds(connection: Connection, ids: Iterable[tuple[str, str]]) -> 
     return found
 
 
-async def move_holds(connection: Connection, kind: Kind, taken: Iterable[tuple[HoldRow, int]]) -> None:
-    """Move units of locked holds from held to where `kind` says."""
-    totals: dict[tuple[str, str, int], int] = {}
-    for row, quantity in taken:
-        slot = (row.sku, row.hold_id, row.slot)
-        totals[slot] = totals.get(slot, 0) + quantity
-    if not totals:
+async def save_holds(connection: Connection, before: Iterable[HoldRow], after: Iterable[HoldRow]) -> None:
+    """Write the rows of locked holds that changed; `after` has the same rows, in whatever order."""
+    held = {row.slot_key: row for row in before}
+    changed = sorted((row for row in after if row != held[row.slot_key]), key=lambda row: row.slot_key)
+    if not changed:
         return
-    slots = sorted(totals)
-    counts = [totals[slot] for slot in slots]
-    none = [0] * len(slots)
-    columns = [counts if kind is column else none for column in LEAVING]
-    status = await connection.execute(MOVE_HOLDS, *split(slots), *columns)
-    if affected(status) != len(slots):
+    columns = split((*r.slot_key, r.held, r.committed, r.released, r.expired, r.expires_at) for r in changed)
+    status = await connection.execute(SAVE_HOLDS, *columns, [held[row.slot_key].held for row in changed])
+    if affected(status) != len(changed):
         raise AssertionError("holds changed under their lock")
 
 
-async def extend_holds(connection: Connection, new: Iterable[tuple[str, str, datetime]]) -> None:
-    rows = sorted(new)
-    if rows:
-        await connection.execute(EXTEND_HOLDS, *split(rows))
-
-
-async def expired_on_keys(connection: Connection, keys: Iterable[Key], now: datetime) -> list[HoldRow]:
-    rows = await connection.fetch(EXPIRED_ON_KEYS, *split(sorted(set(keys))), now)
+async def expired_on_keys(connection: Connection, keys: Iterable[Key], now: datetime, rows_max: int) -> list[HoldRow]:
+    rows = await connection.fetch(EXPIRED_ON_KEYS, *split(sorted(set(keys))), now, rows_max)
     return [_hold(row) for row in rows]
 
 
@@ -734,14 +723,16 @@ async def insert_changes(
 def _change_rows(
     made: Iterable[tuple[HoldChange, Sequence[Allocation], datetime]],
 ) -> list[tuple[str, str, str, str, bytes, str, datetime]]:
-    return sorted(
-        (
-            sku, change.hold_id, change.request_id, change.kind.value, change.fingerprint,
-            json.dumps([[a.location, a.quantity] for a in allocations if a.sku == sku]), expires_at,
-        )
-        for change, allocations, expires_at in made
-        for sku in change.skus
-    )  # fmt: skip
+    rows = []
+    for change, allocations, expires_at in made:
+        parts: dict[str, list[tuple[str, int]]] = {sku: [] for sku in change.skus}
+        for part in allocations:
+            parts[part.sku].append((part.location, part.quantity))
+        rows += [
+            (sku, change.hold_id, change.request_id, change.kind.value, change.fingerprint, json.dumps(of), expires_at)
+            for sku, of in parts.items()
+        ]
+    return sorted(rows)
 
 
 async def read_requests(connection: Connection, ids: Iterable[tuple[str, str]]) -> dict[tuple[str, str], Request]:

@@ -194,6 +194,16 @@ async def test_the_cache_keeps_the_newer_version(commands: Inventory, cache: Cac
     assert seen.stock.version == old.stock.version + 1
 
 
+async def test_what_redis_is_told_next_is_the_newer_version(commands: Inventory, cache: Cache) -> None:
+    """What was read before a commit and comes back after it tells nothing older."""
+    await put(commands, "A", 5)
+    (old,) = await cache.read([Read(("A", "MAIN"))])
+    await commands.place([hold(new(), ("A", "MAIN", 2))])
+    assert isinstance(old, Seen)
+    cache.wrote([old.stock], old.as_of)
+    assert cache._behind["A", "MAIN"].stock.version == old.stock.version + 1
+
+
 async def test_a_cache_that_is_always_missed_is_left_alone(
     commands: Inventory, cache: Cache, redis_client: redis.Redis
 ) -> None:

@@ -7,6 +7,7 @@ from uuid import uuid4
 import pytest
 from holdfast.inventory.v1 import inventory_pb2 as ip
 
+from services.inventory import store
 from services.inventory.commands import Commands
 from services.inventory.domain import Adjustment, Change
 from shared.database import Database
@@ -155,3 +156,41 @@ async def test_one_id_at_once_on_different_keys_is_one_adjustment(commands: Comm
         reasons = [answer.reason if isinstance(answer, Refusal) else "" for (answer,) in answers]
         assert sorted(reasons) == ["", "REQUEST_ID_REUSED"]
     await assert_sound(inventory_db)
+
+
+async def test_archived_goods_leave_for_places_that_take_them(commands: Commands, inventory_db: Database) -> None:
+    """They go nowhere that is unknown or archived, and what else was asked at the same time is done."""
+    await put(commands, "A", 10)
+    await put(commands, "B", 10, "CLOSED")
+    async with inventory_db.connection() as connection:
+        await connection.execute("UPDATE sku SET active = false WHERE sku = 'A'")
+        await connection.execute("UPDATE stock SET active = false WHERE sku = 'A'")
+        await connection.execute("UPDATE location SET active = false WHERE location = 'CLOSED'")
+    answers = await commands.adjust(
+        [
+            ask(Change.COUNT, 3, location="NOPE"),
+            ask(Change.TRANSFER, 3, to_location="NOPE"),
+            ask(Change.TRANSFER, 3, to_location="CLOSED"),
+            ask(Change.SHIP, 3),
+        ]
+    )
+    reasons = [answer.reason if isinstance(answer, Refusal) else "" for answer in answers]
+    assert reasons == ["LOCATION_NOT_FOUND", "LOCATION_NOT_FOUND", "LOCATION_ARCHIVED", ""]
+    assert await stock(inventory_db, "A") == (7, 0)
+
+
+async def test_stock_made_while_its_sku_is_archived_is_closed(commands: Commands, inventory_db: Database) -> None:
+    """Goods that come to a new place just then are not received."""
+    await put(commands, "A", 10)
+    await put(commands, "B", 10, "NEW")
+    async with inventory_db.connection() as connection, connection.transaction():
+        await connection.fetchrow(store.LOCK_SKU, "A")
+        await connection.execute("UPDATE sku SET active = false WHERE sku = 'A'")
+        await connection.execute(store.CLOSE_STOCK_OF_SKU, "A")
+        receiving = asyncio.ensure_future(commands.adjust([ask(Change.RECEIVE, 5, location="NEW")]))
+        await asyncio.wait([receiving], timeout=0.5)
+    (answer,) = await receiving
+    assert isinstance(answer, Refusal)
+    assert answer.reason == "SKU_ARCHIVED"
+    async with inventory_db.connection() as connection:
+        assert not await connection.fetchval("SELECT bool_or(active) FROM stock WHERE sku = 'A'")

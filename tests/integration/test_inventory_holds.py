@@ -3,13 +3,15 @@
 import asyncio
 import dataclasses
 import random
+import time
 from collections.abc import Iterable
 
 import pytest
 
+from services.inventory import commands as commands_module
 from services.inventory import store
 from services.inventory.commands import Commands
-from services.inventory.domain import Changed, HoldRow, Kind, Mode, Placed
+from services.inventory.domain import Adjustment, Change, Changed, HoldRow, Kind, Mode, Placed
 from shared.database import Connection, Database
 from shared.refusal import Refusal
 from tests.integration.goods import assert_sound, change, hold, put, stock
@@ -155,6 +157,85 @@ async def test_one_id_with_other_content_is_named(commands: Commands) -> None:
     assert twice.reason == later.reason == "REQUEST_ID_REUSED"
 
 
+async def test_one_id_names_what_is_unknown_and_what_is_not(commands: Commands) -> None:
+    """Of two callers with one id only the one that names an unknown SKU is told so, whoever comes first."""
+    await put(commands, "A", 10)
+    fine, wrong = hold("h", ("A", "MAIN", 1)), hold("h", ("NOPE", "MAIN", 1))
+    refused, placed = await commands.place([wrong, fine])
+    again, other = await commands.place([fine, wrong])
+    assert isinstance(refused, Refusal)
+    assert refused.reason == "SKU_NOT_FOUND"
+    assert held(placed)
+    assert held(again)
+    assert isinstance(other, Refusal)
+
+
+async def test_a_refusal_says_when_a_hold_of_its_own_batch_expires(commands: Commands) -> None:
+    """The one that took the last units just before."""
+    await put(commands, "A", 1)
+    first, second = await commands.place([hold("h1", ("A", "MAIN", 1)), hold("h2", ("A", "MAIN", 1))])
+    assert isinstance(first, Placed)
+    assert isinstance(second, Placed)
+    assert [line.next_expiry for line in second.short_lines] == [first.expires_at]
+
+
+async def test_a_hold_of_very_many_skus_is_placed_extended_and_sold(commands: Commands, inventory_db: Database) -> None:
+    """In a small part of the time after which PostgreSQL takes the locks of a silent transaction away."""
+    skus = [f"S{n:04}" for n in range(2_000)]
+    await put(commands, "A", 1)
+    async with inventory_db.connection() as connection:
+        await connection.execute(
+            "INSERT INTO sku (sku, name, category, unit, currency_code, price_micros)"
+            " SELECT sku, sku, '', 'piece', '', 0 FROM unnest($1::text[]) AS sku",
+            skus,
+        )
+    for some in (skus[:1_000], skus[1_000:]):
+        await commands.adjust([Adjustment(f"r-{sku}", sku, "MAIN", Change.RECEIVE, 3) for sku in some])
+    began = time.thread_time()
+    asked = hold("h", *((sku, "MAIN", 2) for sku in skus))
+    (placed,) = await commands.place([dataclasses.replace(asked, fingerprint=b"digest")])
+    assert held(placed)
+    for kind, lines in (
+        (Kind.HOLD, [(sku, "", 0) for sku in skus]),
+        (Kind.COMMIT, [(sku, "", 1) for sku in skus]),
+        (Kind.RELEASE, [(sku, "MAIN", 1) for sku in skus]),
+    ):
+        wanted = change("h", kind, *lines, ttl_seconds=3_600)
+        (changed,) = await commands.change([dataclasses.replace(wanted, fingerprint=b"digest")])
+        assert isinstance(changed, Changed)
+    assert time.thread_time() - began < 2.5
+    assert await stock(inventory_db, skus[-1]) == (2, 0)
+    await assert_sound(inventory_db)
+
+
+async def test_much_that_has_expired_is_given_back_bit_by_bit(
+    commands: Commands, inventory_db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Two at a time here, and then who asked gets it all."""
+    monkeypatch.setattr(commands_module, "RECLAIM_HOLDS_MAX", 2)
+    await put(commands, "A", 5)
+    await commands.place([hold(f"old{n}", ("A", "MAIN", 1), ttl_seconds=0.001) for n in range(5)])
+    async with inventory_db.connection() as connection:
+        await connection.fetch("SELECT pg_sleep(0.01)")
+    (answer,) = await commands.place([hold("new", ("A", "MAIN", 5))])
+    assert held(answer)
+    assert await stock(inventory_db, "A") == (5, 5)
+    await assert_sound(inventory_db)
+
+
+async def test_a_key_that_drifts_keeps_no_other_from_being_swept(commands: Commands, inventory_db: Database) -> None:
+    """Its own holds wait until it is repaired."""
+    for sku in ("A", "B"):
+        await put(commands, sku, 5)
+        await commands.place([hold(f"of-{sku}", (sku, "MAIN", 2), ttl_seconds=0.001)])
+    async with inventory_db.connection() as connection:
+        await connection.fetch("SELECT pg_sleep(0.01)")
+        await connection.execute("UPDATE stock SET held = 1 WHERE sku = 'A'")
+    assert await commands.sweep() == 1
+    assert await stock(inventory_db, "A") == (5, 1)
+    assert await stock(inventory_db, "B") == (5, 0)
+
+
 async def test_a_refusal_reclaims_what_has_expired(commands: Commands, inventory_db: Database) -> None:
     """Expired units can be sold at once; the expiry is a movement of its own."""
     await put(commands, "A", 5)
@@ -271,6 +352,22 @@ async def test_expiry_asked_for_tells_all_that_ever_expired(commands: Commands, 
     await assert_sound(inventory_db)
 
 
+async def test_an_expiry_has_no_id_to_be_reused(commands: Commands, inventory_db: Database) -> None:
+    """A change of the same id is another matter, whichever way the expiry is decided."""
+    await put(commands, "A", 10)
+    for hold_id in ("h", "other"):
+        await commands.place([hold(hold_id, ("A", "MAIN", 4))])
+    await commands.change([change("h", Kind.COMMIT, ("A", "", 1), request_id="expire")])
+    async with inventory_db.connection() as connection:
+        await connection.execute("UPDATE hold SET expires_at = now() WHERE hold_id = 'h'")
+    longer = change("other", Kind.HOLD, ("A", "", 0), ttl_seconds=3_600)
+    for batch in ([longer], []):  # exactly, and at once
+        (*_, late) = await commands.change([*batch, change("h", Kind.EXPIRE, ("A", "", 0), request_id="expire")])
+        assert isinstance(late, Changed)
+        assert [part.quantity for part in late.allocations] == [3]
+    await assert_sound(inventory_db)
+
+
 async def test_any_mix_of_concurrent_work_keeps_the_books(commands: Commands, inventory_db: Database) -> None:
     """Random holds, commits, releases, receipts and sweeps at once: counters, ledger and holds agree."""
     dice = random.Random(7)
@@ -343,3 +440,33 @@ async def test_a_hold_placed_while_its_commit_is_on_its_way_is_not_known_yet(
     assert isinstance(early, Refusal)
     assert early.reason == "HOLD_NOT_FOUND"
     assert await stock(inventory_db, "A") == (5, 2)
+
+
+async def test_a_hold_that_is_locked_in_part_is_not_known_yet(
+    commands: Commands, inventory_db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that appears after the locks were taken, of which they cover a part, is left alone whole."""
+    await put(commands, "A", 5, "NEAR", priority=1)
+    await put(commands, "A", 5, "FAR", priority=2)
+    await commands.place([hold("first", ("A", "NEAR", 1))])
+    read_holds = store.read_holds
+    calls = 0
+
+    async def late(connection: Connection, ids: Iterable[tuple[str, str]]) -> dict[str, list[HoldRow]]:
+        nonlocal calls
+        calls += 1
+        if calls == 1:
+            found = await read_holds(connection, ids)
+            await commands.place([hold("split", ("A", "", 7))])
+            return found
+        return await read_holds(connection, ids)
+
+    longer = change("first", Kind.HOLD, ("A", "", 0), ttl_seconds=3_600)
+    with monkeypatch.context() as patch:
+        patch.setattr(store, "read_holds", late)
+        kept, early = await commands.change([longer, change("split", Kind.COMMIT, ("A", "", 0))])
+    assert isinstance(kept, Changed)
+    assert isinstance(early, Refusal)
+    assert await stock(inventory_db, "A", "NEAR") == (5, 5)
+    assert await stock(inventory_db, "A", "FAR") == (5, 3)
+    await assert_sound(inventory_db)

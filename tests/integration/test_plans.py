@@ -50,13 +50,15 @@ HOT = {
     f" {IDS}, array['r', 'r'], array['COMMIT', 'COMMIT'], array[''::bytea, ''], array['[]', '[]'],"
     " array[now(), now()], ''",
     "LOCK": KEYS,
+    "LOCK_SKUS": "array['S000100', 'S000200']",
     "READ_STOCK": KEYS,
     "KNOWN_SKUS": "array['S000100', 'S000200']",
     "READ_HOLDS": IDS,
-    "MOVE_HOLDS": f"{IDS}, array[0, 0], array[1, 1], array[0, 0], array[0, 0]",
+    "SAVE_HOLDS": f"{IDS}, array[0, 0], array[1, 1], array[0, 0], array[0, 0], array[0, 0], array[now(), now()],"
+    " array[1, 1]",
     "READ_CHANGES": f"{IDS}, array['r', 'r']",
     "READ_REQUESTS": "array['S000100', 'S000200'], array['r', 'r']",
-    "EXPIRED_ON_KEYS": f"{KEYS}, now()",
+    "EXPIRED_ON_KEYS": f"{KEYS}, now(), 100",
     "EXPIRED": "100",
     "LOOK": KEYS,
     "SOURCES": "array['S000100', 'S000200']",

@@ -313,6 +313,20 @@ async def _save(t: Transaction, *arguments: Any) -> int:
     return count
 
 
+@_runs(inventory.LOCK_SKUS)
+async def _lock_skus(t: Transaction, skus: Texts) -> int:
+    return await _locked(t, "sku", skus)
+
+
+@_runs(inventory.LOCK_LOCATIONS)
+async def _lock_locations(t: Transaction, locations: Texts) -> int:
+    return await _locked(t, "location", locations)
+
+
+async def _locked(t: Transaction, table: str, codes: Texts) -> int:
+    return sum([await t.update(table, (code,), lambda _row: {}) is not None for code in codes])
+
+
 @_runs(inventory.MAKE_STOCK)
 async def _make_stock(t: Transaction, skus: Texts, locations: Texts) -> int:
     count = 0
@@ -393,51 +407,30 @@ def _by(rows: Iterable[Row], *columns: str) -> list[Row]:
     return sorted(rows, key=lambda row: [row[column] for column in columns])
 
 
-@_runs(inventory.MOVE_HOLDS)
-async def _move_holds(t: Transaction, *arguments: Any) -> int:
+@_runs(inventory.SAVE_HOLDS)
+async def _save_holds(t: Transaction, *arguments: Any) -> int:
+    new = _rows("sku hold_id slot held committed released expired expires_at", *arguments[:8])
     count = 0
-    for sku, hold_id, slot, *parts in zip(*arguments, strict=True):
-        row = await t.update(
+    for row, old_held in zip(new, arguments[8], strict=True):
+        saved = await t.update(
             "hold",
-            (sku, hold_id, slot),
-            lambda row, parts=parts: {  # type: ignore[misc]
-                "held": row["held"] - sum(parts),
-                **{
-                    name: row[name] + more
-                    for name, more in zip(("committed", "released", "expired"), parts, strict=True)
-                },
-            },
-            lambda row, parts=parts: row["held"] >= sum(parts),  # type: ignore[misc]
+            (row["sku"], row["hold_id"], row["slot"]),
+            lambda _row, new=row: new,  # type: ignore[misc]
+            lambda row, old=old_held: row["held"] == old,  # type: ignore[misc]
         )
-        count += row is not None
-    return count
-
-
-@_runs(inventory.EXTEND_HOLDS)
-async def _extend_holds(t: Transaction, skus: Texts, ids: Texts, times: Sequence[datetime]) -> int:
-    count = 0
-    for sku, hold_id, until in zip(skus, ids, times, strict=True):
-        for seen in t.scan("hold"):
-            if (seen["sku"], seen["hold_id"]) == (sku, hold_id):
-                row = await t.update(
-                    "hold",
-                    (sku, hold_id, seen["slot"]),
-                    lambda _row, until=until: {"expires_at": until},  # type: ignore[misc]
-                    lambda row: row["held"] > 0,
-                )
-                count += row is not None
+        count += saved is not None
     return count
 
 
 @_runs(inventory.EXPIRED_ON_KEYS)
-async def _expired_on_keys(t: Transaction, skus: Texts, locations: Texts, now: datetime) -> list[Record]:
+async def _expired_on_keys(t: Transaction, skus: Texts, locations: Texts, now: datetime, rows_max: int) -> list[Record]:
     keys = set(zip(skus, locations, strict=True))
     rows = [
         row
         for row in t.scan("hold")
         if (row["sku"], row["location"]) in keys and row["held"] > 0 and row["expires_at"] <= now
     ]
-    return [Record(row) for row in _by(rows, "sku", "location", "expires_at")]
+    return [Record(row) for row in _by(rows, "sku", "location", "expires_at")[:rows_max]]
 
 
 @_runs(inventory.EXPIRED)

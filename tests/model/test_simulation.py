@@ -8,8 +8,8 @@ from dataclasses import replace
 
 import pytest
 
-from services.inventory import cache, commands
-from services.inventory.domain import Shelf
+from services.inventory import cache, store
+from services.inventory.domain import HoldRow, Shelf
 from tests.model.sim_plan import idle, plan
 from tests.model.sim_run import simulate
 from tests.model.simulate import shrink
@@ -56,10 +56,10 @@ def test_the_clock_does_not_wait() -> None:
 def test_a_fault_is_found_and_made_smaller(monkeypatch: pytest.MonkeyPatch) -> None:
     """Expired holds that are not reclaimed are a refusal without a reason; a few calls are enough to show it."""
 
-    async def forgets(*_: object) -> int:
-        return 0
+    async def forgets(*_: object) -> list[HoldRow]:
+        return []
 
-    monkeypatch.setattr(commands.Commands, "_reclaim", forgets)
+    monkeypatch.setattr(store, "expired_on_keys", forgets)
     planned = next(plan(seed) for seed in range(200) if simulate(plan(seed)).problems)
     small = shrink(planned, runs_max=40)
     assert simulate(small).problems

@@ -471,9 +471,11 @@ async def test_a_change_decided_from_a_row_that_is_no_longer_so_is_undone(
         await store.place(connection, [asked])
         (row,) = (await store.read_holds(connection, [("A", "h")]))["h"]
         if meanwhile == "sold":
-            await store.move_holds(connection, Kind.RELEASE, [(row, 1)])
+            gone = dataclasses.replace(row, held=row.held - 1, released=1)
+            await store.save_holds(connection, [row], [gone])
         if meanwhile == "extended":
-            await store.extend_holds(connection, [("A", "h", row.expires_at + timedelta(seconds=9))])
+            later = dataclasses.replace(row, expires_at=row.expires_at + timedelta(seconds=9))
+            await store.save_holds(connection, [row], [later])
         before = await tried.dump()
         with pytest.raises(asyncpg.DivisionByZeroError):
             await store.change(connection, [(wanted, [(row, 2)], (), row.expires_at)])
@@ -481,18 +483,18 @@ async def test_a_change_decided_from_a_row_that_is_no_longer_so_is_undone(
 
 
 @BOTH
-async def test_only_what_is_held_is_extended(tried: Tried) -> None:
-    """A row of which nothing is left keeps its time."""
+async def test_hold_rows_are_saved_over_what_was_read(tried: Tried) -> None:
+    """Those that changed, and none of which other units are held than were read."""
     await stocked(tried)
     async with tried.database.connection() as connection:
         await store.place(connection, [hold("h", ("A", "X", 3), ("A", "Y", 2))])
         first, second = (await store.read_holds(connection, [("A", "h")]))["h"]
-        await store.move_holds(connection, Kind.RELEASE, [(first, 3)])
-        later = first.expires_at + timedelta(seconds=60)
-        await store.extend_holds(connection, [("A", "h", later)])
-        first_now, second_now = (await store.read_holds(connection, [("A", "h")]))["h"]
-    assert (first_now.expires_at, second_now.expires_at) == (first.expires_at, later)
-    assert second.expires_at != later
+        gone = dataclasses.replace(first, held=1, released=2)
+        await store.save_holds(connection, [first, second], [second, gone])
+        assert (await store.read_holds(connection, [("A", "h")]))["h"] == [gone, second]
+        with pytest.raises(AssertionError):
+            await store.save_holds(connection, [first], [dataclasses.replace(first, held=0, expired=3)])
+        assert (await store.read_holds(connection, [("A", "h")]))["h"] == [gone, second]
 
 
 @BOTH
