@@ -15,7 +15,7 @@ import asyncpg
 
 from bench.load import Pids
 from deploy.local.certificates import Authority
-from deploy.local.stack import CITUS_SHARDS, REPOSITORY, Stack, StackError, free_port
+from deploy.local.stack import CITUS_SHARDS, REPOSITORY, Stack, StackError, free_ports
 from deploy.local.supervisor import SERVICES, Supervisor
 from shared.client import Holdfast
 from shared.migrate import migrate
@@ -216,7 +216,7 @@ async def _reservation_tables(dsn: str) -> None:
 
 @contextlib.contextmanager
 def _servers(module: str, environment: dict[str, str], pods: int = PODS) -> Iterator[tuple[list[str], list[int]]]:
-    addresses = [f"127.0.0.1:{free_port()}" for _ in range(pods)]
+    addresses = [f"127.0.0.1:{port}" for port in free_ports(pods)]
     processes = [
         subprocess.Popen(
             [sys.executable, "-m", module],

@@ -31,7 +31,7 @@ from aiokafka.abc import ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectionError, KafkaError
 
 from shared import metrics, telemetry
-from shared.kafka import Brokers
+from shared.kafka import Brokers, stop
 from shared.outbox import partition_of, producer
 from shared.settings import KafkaSettings, load
 
@@ -155,8 +155,7 @@ class Consumer:
         finally:
             for topic in self._topics:
                 metrics.CONSUMER_LAG.labels(self._group, topic).set(0)
-            await consumer.stop()
-            await sender.stop()
+            await stop(consumer, sender)
 
     def _tell_lag(self, consumer: AIOKafkaConsumer) -> None:
         """How far its partitions are behind, as far as the last answers of the brokers tell."""
@@ -255,7 +254,7 @@ async def dead_letters(brokers: Brokers, topic: str, *, limit: int, group: str |
     try:
         return await _read(consumer, limit)
     finally:
-        await consumer.stop()
+        await stop(consumer)
 
 
 async def replay(brokers: Brokers, topic: str, *, limit: int) -> int:
@@ -273,8 +272,7 @@ async def replay(brokers: Brokers, topic: str, *, limit: int) -> int:
             await consumer.commit({TopicPartition(message.topic, message.partition): message.offset + 1})
         return len(messages)
     finally:
-        await consumer.stop()
-        await sender.stop()
+        await stop(consumer, sender)
 
 
 def _reader(brokers: Brokers, topic: str, group: str | None) -> AIOKafkaConsumer:

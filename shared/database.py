@@ -13,7 +13,7 @@ import asyncio
 import random
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import asyncpg
@@ -22,6 +22,7 @@ from sqlalchemy.dialects.postgresql import asyncpg as asyncpg_dialect
 from sqlalchemy.sql.expression import Executable
 
 from shared import metrics, telemetry
+from shared.cancellation import cancelled
 from shared.refusal import Refusal
 
 if TYPE_CHECKING:
@@ -37,6 +38,7 @@ T = TypeVar("T")
 
 ATTEMPTS_MAX = 6
 ACQUIRE_SECONDS_MAX = 5.0
+CLOSE_SECONDS_MAX = 2.0
 PLANNER = {
     "enable_hashjoin": "off",
     "enable_mergejoin": "off",
@@ -126,7 +128,10 @@ class Database:
         return cls(pool, pool_name)
 
     async def close(self) -> None:
-        await self._pool.close()
+        """Take leave of the server; without it, where that takes longer than CLOSE_SECONDS_MAX."""
+        with suppress(*UNAVAILABLE):
+            async with asyncio.timeout(CLOSE_SECONDS_MAX):
+                await self._pool.close()
 
     @asynccontextmanager
     async def connection(self) -> AsyncIterator[Connection]:
@@ -143,6 +148,8 @@ class Database:
                     self._held.observe(time.perf_counter() - acquired)
         except UNAVAILABLE as error:
             self._lost.inc()
+            if cancelled():
+                raise asyncio.CancelledError from error  # in place of which asyncpg says that it could not end in time
             raise unavailable() from error
 
     async def run(self, work: Callable[[Connection], Awaitable[T]]) -> T:

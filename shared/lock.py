@@ -9,11 +9,11 @@ import asyncio
 import contextlib
 import uuid
 from collections.abc import Awaitable, Callable, Iterator
-from typing import Any
 
 import structlog
 
 from shared import metrics
+from shared.cancellation import cancellable
 from shared.redis_client import AWAY, Client
 
 log = structlog.get_logger(__name__)
@@ -44,31 +44,15 @@ class Lock:
 
     async def take(self) -> int:
         """The fencing token, above every earlier one; 0 when another owner has the lock."""
-        return int(await _cancellable(self._take(keys=self._keys, args=[self._owner, self._ttl_ms])))
+        return int(await cancellable(self._take(keys=self._keys, args=[self._owner, self._ttl_ms])))
 
     async def renew(self) -> bool:
         """Start its life anew; False when it has passed on."""
-        return bool(await _cancellable(self._renew(keys=self._keys[:1], args=[self._owner, self._ttl_ms])))
+        return bool(await cancellable(self._renew(keys=self._keys[:1], args=[self._owner, self._ttl_ms])))
 
     async def release(self) -> None:
         """Give it up, if it is still ours."""
-        await _cancellable(self._release(keys=self._keys[:1], args=[self._owner]))
-
-
-async def _cancellable(call: Awaitable[Any]) -> Any:
-    """The answer of a call to Redis; a cancellation ends it for certain.
-
-    Before Python 3.12 `asyncio.wait_for`, through which redis-py sends, loses one that comes just when it is done:
-    a worker would go on, and its pod never stop. `asyncio.wait` loses none.
-    """
-    asking = asyncio.ensure_future(call)
-    try:
-        await asyncio.wait([asking])
-    except asyncio.CancelledError:
-        asking.cancel()
-        await asyncio.wait([asking])
-        raise
-    return asking.result()
+        await cancellable(self._release(keys=self._keys[:1], args=[self._owner]))
 
 
 async def run_alone(client: Client, name: str, work: Callable[[int], Awaitable[None]], *, ttl_seconds: float) -> None:

@@ -16,7 +16,6 @@ With TLS, callers are let in by `shared.admission`: to every method but health's
 """
 
 import asyncio
-import contextlib
 import gc
 import signal
 import time
@@ -42,6 +41,7 @@ POD_KEY = "holdfast-pod"
 QUIET_SECONDS = 0.3
 LAME_DUCK_SECONDS_MAX = 3.0
 CLOSE_SECONDS_MAX = 2.0
+WORKERS_SECONDS_MAX = 5.0
 GC_ALLOCATIONS = 20_000
 METADATA_BYTES_MAX = 16 << 10
 STREAMS_MAX = 4096
@@ -327,8 +327,11 @@ async def run(
             finally:
                 if working:
                     working.cancel()
-                    with contextlib.suppress(asyncio.CancelledError):
-                        await working
+                    ended, _ = await asyncio.wait([working], timeout=WORKERS_SECONDS_MAX)
+                    if not ended:
+                        log.warning("workers go on stopping", waited_seconds=WORKERS_SECONDS_MAX)
+                    elif not working.cancelled():
+                        working.result()
 
 
 async def serve(

@@ -7,8 +7,9 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Sequen
 import structlog
 
 from shared import metrics
+from shared.cancellation import cancelled
 from shared.database import Connection, Database
-from shared.kafka import Brokers
+from shared.kafka import Brokers, stop
 from shared.lock import run_alone
 from shared.outbox import OUTBOX, Relay, Source, producer
 from shared.redis_client import Client
@@ -50,11 +51,16 @@ async def in_turns(what: str, work: Callable[[], Awaitable[int]]) -> None:
 
 
 async def restarting(name: str, work: Work, seconds: float = RESTART_SECONDS) -> None:
-    """Keep a worker going: a fault is logged, and after `seconds` it starts again."""
+    """Keep a worker going: a fault is logged, and after `seconds` it starts again.
+
+    A cancellation that nobody asked for is a fault too: aiokafka lets one of its own out at times.
+    """
     while True:
         try:
             await work()
-        except Exception as error:  # noqa: BLE001 - whatever it was, the worker must come back
+        except BaseException as error:
+            if not isinstance(error, Exception | asyncio.CancelledError) or cancelled():
+                raise
             metrics.WORKER_RESTARTS.labels(name).inc()
             for one in _leaves(error):
                 log.warning("worker starts again", worker=name, error=type(one).__name__, message=str(one))
@@ -109,4 +115,4 @@ async def relay(
         await sender.start()
         await Relay(database, sender, source, watermark_topic).run(poll_seconds=poll_seconds)
     finally:
-        await sender.stop()
+        await stop(sender)

@@ -20,6 +20,7 @@ from services.analytics.domain import Key
 from services.analytics.settings import Settings
 from shared import metrics, workers
 from shared.database import Database
+from shared.kafka import stop
 from shared.wire import EPOCH
 
 log = structlog.get_logger(__name__)
@@ -88,7 +89,7 @@ class NotificationWorkers:
                     )
                     await asyncio.sleep(self._settings.alert_dlq_poll_seconds)
         finally:
-            await consumer.stop()
+            await stop(consumer)
             await admin.close()
 
     async def _dispatch(self) -> None:

@@ -28,6 +28,7 @@ from services.analytics.settings import Settings
 from shared import distribution
 from shared.consumer import Batch, Message
 from shared.database import PLANNER, Connection, Database
+from shared.kafka import stop
 from shared.migrate import migrate
 
 log = structlog.get_logger(__name__)
@@ -181,4 +182,4 @@ async def _fill(settings: Settings, database: Database) -> int:
                 break
         return read
     finally:
-        await consumer.stop()
+        await stop(consumer)

@@ -25,7 +25,7 @@ from services.analytics.settings import Settings
 from shared import metrics, outbox, partitions, watermark, workers
 from shared.consumer import Consumer, Poison
 from shared.database import Connection, Database
-from shared.kafka import Brokers
+from shared.kafka import Brokers, stop
 from shared.redis_client import Client
 from shared.wire import EPOCH
 
@@ -234,4 +234,4 @@ async def _reading(
         consumer.seek(place, found.offset if found else end)
         yield read_until, end
     finally:
-        await consumer.stop()
+        await stop(consumer)

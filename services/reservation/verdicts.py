@@ -14,7 +14,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from services.reservation import codec
 from services.reservation.guard import Guard
 from shared.consumer import Message, Poison
-from shared.kafka import Brokers
+from shared.kafka import Brokers, stop
 
 log = structlog.get_logger(__name__)
 POLL_MS = 1000
@@ -56,7 +56,7 @@ class Follower:
                         self._take(message)
                         self._next = message.offset + 1
         finally:
-            await consumer.stop()
+            await stop(consumer)
 
     def _take(self, message: Message) -> None:
         if message.value is None:  # the end of a key that was compacted

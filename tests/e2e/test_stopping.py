@@ -1,16 +1,20 @@
 """A pod that is told to stop takes no caller by surprise."""
 
 import asyncio
+import contextlib
 from collections.abc import AsyncIterator
 from typing import Any
 
 import grpc
+import psutil
+import pytest
 from holdfast.inventory.v1 import inventory_pb2 as ip
 from holdfast.inventory.v1 import inventory_pb2_grpc
 from holdfast.reservation.v1 import reservation_pb2 as rp
 from holdfast.reservation.v1 import reservation_pb2_grpc
 
-from deploy.local.supervisor import Supervisor
+from deploy.local.stack import Stack
+from deploy.local.supervisor import DRAIN_SECONDS_MAX, Supervisor
 from shared.client import Holdfast
 from shared.errors import refusal_of
 from tests.e2e.shop import goods, new, stock
@@ -81,3 +85,33 @@ async def test_streams_are_told_to_go_on_elsewhere(holdfast: Holdfast, pods: Sup
         assert set(await ends) == {(grpc.StatusCode.UNAVAILABLE, "STOPPING")}
         stopped.set()
     assert (await holdfast.reservation.Reserve(asked)).replayed
+
+
+@pytest.mark.parametrize("server", ["Kafka", "PostgreSQL"])
+async def test_a_pod_stops_while_a_server_does_not_answer(
+    holdfast: Holdfast, pods: Supervisor, stack: Stack, server: str
+) -> None:
+    """Whatever its workers were about to do there: it does not wait to be killed."""
+    if server not in stack.pids:
+        pytest.skip("it is not of this stack")
+    sku = await goods(holdfast, 10)
+    stopped = pods.pod("inventory-0"), pods.pod("inventory-1"), pods.pod("analytics-0")
+    process = psutil.Process(stack.pids[server])
+    frozen = [process, *process.children(recursive=True)]
+    for one in frozen:
+        one.suspend()
+    try:
+        asking = [asyncio.ensure_future(holdfast.reserve(new(), [(sku, "MAIN", 1)])) for _ in range(CALLERS)]
+        await asyncio.sleep(1)  # there is something to be sent by then: relays tell the time twice a second
+        told = [pod.process for pod in stopped if pod.process]
+        for each in told:
+            each.terminate()
+        codes = [await asyncio.to_thread(each.wait, DRAIN_SECONDS_MAX) for each in told]
+    finally:
+        for one in frozen:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                one.resume()
+        for pod in stopped:
+            await asyncio.to_thread(pods.restart, pod)
+    await asyncio.gather(*asking, return_exceptions=True)
+    assert codes == [0, 0, 0]

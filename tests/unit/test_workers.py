@@ -25,15 +25,18 @@ def test_a_turn_that_was_held_up_is_not_rested_for() -> None:
 
 
 def test_a_worker_that_fails_starts_again_when_it_would_have_looked_again() -> None:
-    """Not later: a sweeper is there again as soon as its database."""
+    """Not later: a sweeper is there again as soon as its database. A library's own cancellation ends it no more."""
     loop = SimLoop(1)
     began = []
 
     async def work() -> None:
         began.append(loop.time())
         if len(began) == 3:
-            raise asyncio.CancelledError
-        raise OSError("away")
+            task = asyncio.current_task()
+            assert task
+            task.cancel()
+            await asyncio.sleep(1)
+        raise OSError("away") if len(began) == 1 else asyncio.CancelledError
 
     async def main() -> None:
         await asyncio.wait([asyncio.ensure_future(workers.restarting("work", work, 0.25))])
