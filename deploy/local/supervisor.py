@@ -51,7 +51,7 @@ ACCESS_FILE = REPOSITORY / "deploy/k8s/components/tls/access.toml"
 # What the client's certificate is for: every role of ACCESS_FILE that is no service's.
 CLIENT_NAMES = ("shop", "warehouse", "analyst", "fraud-desk", "operator", "data-protection")
 SERVING_SECONDS_MAX = 60
-DRAIN_SECONDS_MAX = 15
+STOP_SECONDS_MAX = 30  # as Kubernetes gives a pod: for callers, workers, and leave of its servers
 MIGRATION_SECONDS_MAX = 120
 RESTARTS_MAX = 5
 RESTARTS_WINDOW_SECONDS = 60
@@ -157,7 +157,7 @@ class Supervisor:
         return self
 
     def stop(self) -> None:
-        """SIGTERM to every pod at once; who has not drained after DRAIN_SECONDS_MAX is killed. Harmless twice."""
+        """SIGTERM to every pod at once; who has not drained after STOP_SECONDS_MAX is killed. Harmless twice."""
         self._stopping.set()
         if self._watch:
             self._watch.join()
@@ -196,7 +196,7 @@ class Supervisor:
     # -- one pod ------------------------------------------------------------------------------------------------
 
     def terminate(self, pod: Pod) -> int:
-        """SIGTERM, wait until it has drained (at most DRAIN_SECONDS_MAX, then SIGKILL), and answer its exit code.
+        """SIGTERM, wait until it has drained (at most STOP_SECONDS_MAX, then SIGKILL), and answer its exit code.
 
         It stays down until restart().
         """
@@ -296,9 +296,9 @@ class Supervisor:
             return 0
         pod.process.terminate()
         try:
-            return pod.process.wait(DRAIN_SECONDS_MAX)
+            return pod.process.wait(STOP_SECONDS_MAX)
         except subprocess.TimeoutExpired:
-            self._say(f"{pod.name} did not drain within {DRAIN_SECONDS_MAX} s: killed")
+            self._say(f"{pod.name} did not stop within {STOP_SECONDS_MAX} s: killed")
             pod.process.kill()
             return pod.process.wait()
 

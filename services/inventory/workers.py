@@ -138,7 +138,8 @@ def _parse(message: Message) -> Adjustment | Refusal:
         source_id = check.code(command.source_id, "source_id")
         if command.HasField("time") and not command.adjustment.HasField("occur_time"):
             command.adjustment.occur_time.CopyFrom(command.time)
-        ask = requests.adjustment(command.adjustment, "adjustment", f"{source}:{source_id}")
+        # No code has a space: neither does another source's id come out the same, nor that of a caller.
+        ask = requests.adjustment(command.adjustment, "adjustment", f"{source} {source_id}")
     except DecodeError:
         return Refusal(Reason.FIELD_INVALID, "not a StockCommand", field="value")
     except Refusal as refusal:

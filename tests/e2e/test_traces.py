@@ -9,7 +9,7 @@ from holdfast.analytics.v1 import notification_pb2 as np
 from holdfast.reservation.v1 import reservation_pb2 as rp
 
 from deploy.local.receiver import Receiver
-from deploy.local.supervisor import DRAIN_SECONDS_MAX, Supervisor
+from deploy.local.supervisor import STOP_SECONDS_MAX, Supervisor
 from shared.client import Holdfast
 from tests.collector import Collector, Seen, calling
 from tests.e2e.shop import goods, new
@@ -135,7 +135,7 @@ async def test_a_pod_whose_collector_hangs_serves_and_stops_as_ever(holdfast: Ho
                 assert {answer.outcome for answer in answers} == {rp.RESERVE_OUTCOME_HELD}
         began = time.monotonic()
         assert await asyncio.to_thread(pods.terminate, pod) == 0
-        assert time.monotonic() - began < DRAIN_SECONDS_MAX / 2
+        assert time.monotonic() - began < STOP_SECONDS_MAX / 4
     finally:
         settings.clear()
         settings |= before

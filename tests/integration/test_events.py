@@ -154,17 +154,17 @@ async def test_every_change_is_an_event_in_version_order(
     assert seen == [(1, kinds[0], 0), (2, kinds[1], 5), (3, kinds[2], 0)]
 
 
-def command(source_id: str, sku: str, units: int) -> bytes:
+def command(source_id: str, sku: str, units: int, source: str = "erp") -> bytes:
     adjustment = ip.StockAdjustment(
         key=ip.StockKey(sku=sku, location="MAIN"), reason=ip.ADJUSTMENT_REASON_RECEIVE, quantity=units
     )
-    return events_pb2.StockCommand(source="erp", source_id=source_id, adjustment=adjustment).SerializeToString()
+    return events_pb2.StockCommand(source=source, source_id=source_id, adjustment=adjustment).SerializeToString()
 
 
 async def test_commands_are_obeyed_once_and_poison_is_set_aside(
     stack: Stack, commands: Commands, inventory_db: Database, sender: AIOKafkaProducer
 ) -> None:
-    """A duplicate changes nothing; poison goes to the dead letters with its reason; replay obeys it then."""
+    """A duplicate changes nothing, another source's id is none; poison goes to the dead letters, and is replayed."""
     topic = new("commands")
     stack.create_topics(Topic(topic), Topic(f"{topic}.dlq"))
     await put(commands, "A", 0)
@@ -181,6 +181,8 @@ async def test_commands_are_obeyed_once_and_poison_is_set_aside(
         (b"A", b"\xffnonsense"),
         (b"B", command("2", "B", 7)),
         (b"A", command("3", "A", 2)),
+        (b"A", command("x:1", "A", 1)),
+        (b"A", command("1", "A", 1, source="erp:x")),
         (b"last", command("4", "A", 1)),
     ):
         await sender.send_and_wait(topic, value, key=key, partition=0)
@@ -190,7 +192,7 @@ async def test_commands_are_obeyed_once_and_poison_is_set_aside(
         letters = await read(stack, f"{topic}.dlq", 2)
         reasons = [dict(letter.headers)["dlq_reason"].decode().split(":")[0] for letter in letters]
         assert sorted(reasons) == ["FIELD_INVALID", "SKU_NOT_FOUND"]
-        assert await stock(inventory_db, "A") == (8, 0)
+        assert await stock(inventory_db, "A") == (10, 0)
         assert len(await dead_letters(stack.brokers, f"{topic}.dlq", limit=10)) == 2
         await put(commands, "B", 0)
         assert await replay(stack.brokers, f"{topic}.dlq", limit=10) == 2

@@ -266,7 +266,7 @@ def _check_consumed(world: World, books: Books) -> None:
     for number in range(PARTITIONS):
         for message in world.broker.log(TopicPartition(COMMANDS_TOPIC, number)):
             command = events_pb2.StockCommand.FromString(message.value or b"")
-            applied = _movements(books, lambda row, command=command: row["request_id"] == f"erp:{command.source_id}")  # type: ignore[misc]
+            applied = _movements(books, lambda row, command=command: row["request_id"] == f"erp {command.source_id}")  # type: ignore[misc]
             once = len(applied) == 1 and applied[0]["on_hand_delta"] == command.adjustment.quantity
             books.require(once or (not applied and message.value in letters), "not obeyed once:", command, applied)
     released = {call.asked.name: call for call in books.calls if call.asked.kind == "release"}
