@@ -22,7 +22,9 @@ How a hold is decided, when many pods decide at once:
 3. *Exact*, for the last units of a key, when a hold id was known or named twice, or less than all may do. All
    keys that could be touched are locked in sorted order, expired holds on them are reclaimed, and requests
    are decided one after the other, in order of arrival, from the locked rows. No second round is
-   needed: nothing can change under the locks.
+   needed: nothing can change under the locks. Where more has expired than one transaction gives back, that much is
+   committed first and it begins anew. A line that leaves its location open is decided from the locations that were
+   open when it was looked at: stock that comes to a new one meanwhile is for the next.
 
 Stock rows are always locked before hold rows are touched, and always in ascending (sku, location): two
 transactions cannot wait for each other. A hold's rows change only under its stock rows' locks, so commit,
