@@ -58,8 +58,8 @@ async def restarting(name: str, work: Work, seconds: float = RESTART_SECONDS) ->
     while True:
         try:
             await work()
-        except BaseException as error:
-            if not isinstance(error, Exception | asyncio.CancelledError) or cancelled():
+        except (Exception, asyncio.CancelledError) as error:
+            if cancelled():
                 raise
             metrics.WORKER_RESTARTS.labels(name).inc()
             for one in _leaves(error):

@@ -156,12 +156,10 @@ class Commands:
             }
             until = {key: expiry for key in deciding if (expiry := seen[key][1])}
             explained = _explained(plans, sources, until)
-            rows = [
-                (request, sku, short.get(sku, ()))
-                for request, plan in explained.values()
-                for short in [_short_by_sku(plan)]
-                for sku in {line.sku for line in request.lines}
-            ]
+            rows: list[tuple[HoldRequest, str, Sequence[ShortLine]]] = []
+            for request, plan in explained.values():
+                short = domain.grouped(plan.short_lines, lambda line: line.sku)
+                rows += [(request, sku, short.get(sku, ())) for sku in {line.sku for line in request.lines}]
             try:
                 now = await store.refuse(
                     connection, [shelf.stocks[key] for key in deciding], rows, min(until.values(), default=None)
@@ -519,7 +517,7 @@ Result = TypeVar("Result")
 def _book(shelf: Shelf, request: HoldRequest, plan: Plan) -> None:
     for part in plan.allocations:
         shelf.move(
-            (part.sku, part.location),
+            part.key,
             Kind.HOLD,
             held=part.quantity,
             hold_id=request.hold_id,
@@ -530,26 +528,17 @@ def _book(shelf: Shelf, request: HoldRequest, plan: Plan) -> None:
 def _rows(request: HoldRequest, plan: Plan, now: datetime) -> list[HoldRow]:
     """The hold's rows. Each SKU has slot 0, even with nothing held, so that a repeat always meets it."""
     rows: list[HoldRow] = []
-    short = _short_by_sku(plan)
-    parts: dict[str, list[tuple[str, int]]] = {sku: [] for sku in sorted({line.sku for line in request.lines})}
-    for part in plan.allocations:
-        parts[part.sku].append((part.location, part.quantity))
-    for sku, held in parts.items():
+    held = domain.grouped(plan.allocations, lambda part: part.sku)
+    short = domain.grouped(plan.short_lines, lambda line: line.sku)
+    for sku in sorted({line.sku for line in request.lines}):
         rows += [
             HoldRow(
-                sku, request.hold_id, slot, location, quantity, quantity, 0, 0, 0, request.fingerprint,
+                sku, request.hold_id, slot, part.location, part.quantity, part.quantity, 0, 0, 0, request.fingerprint,
                 now, now + request.ttl, () if slot else tuple(short.get(sku, ())),
             )
-            for slot, (location, quantity) in enumerate(held or [("", 0)])
+            for slot, part in enumerate(held.get(sku) or [Allocation(sku, "", 0)])
         ]  # fmt: skip
     return rows
-
-
-def _short_by_sku(plan: Plan) -> dict[str, list[ShortLine]]:
-    found: dict[str, list[ShortLine]] = {}
-    for line in plan.short_lines:
-        found.setdefault(line.sku, []).append(line)
-    return found
 
 
 def _explained(
@@ -620,11 +609,8 @@ def _bars(ask: Adjustment, refusal: Refusal) -> bool:
 
 
 def _by_sku(rows: Iterable[HoldRow]) -> dict[tuple[str, str], list[HoldRow]]:
-    """Rows of holds by SKU and hold id, in the order in which they come."""
-    found: dict[tuple[str, str], list[HoldRow]] = {}
-    for row in rows:
-        found.setdefault((row.sku, row.hold_id), []).append(row)
-    return found
+    """Rows of holds by SKU and hold id."""
+    return domain.grouped(rows, lambda row: (row.sku, row.hold_id))
 
 
 def _repeated(change: HoldChange, first: Sequence[store.KnownChange]) -> Changed | Refusal:

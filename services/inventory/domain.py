@@ -4,17 +4,20 @@ No clock, no store, no wire format: `now` and the rows come in as arguments, mov
 """
 
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from functools import partial
+from typing import TypeVar
 
 from shared.refusal import Refusal
 
 QUANTITY_MAX = 10**12
 HOLD_LIFE_SECONDS_MAX = 7 * 24 * 3600
 
+Item = TypeVar("Item")
+By = TypeVar("By", bound=Hashable)
 Key = tuple[str, str]  # (sku, location), in the order in which rows are locked
 
 
@@ -539,6 +542,14 @@ def _spare(request: HoldRequest, shelf: Shelf, sources: Mapping[str, Sequence[st
     return found
 
 
+def grouped(items: Iterable[Item], by: Callable[[Item], By]) -> dict[By, list[Item]]:
+    """Items by what they have in common, in the order in which they come."""
+    found: dict[By, list[Item]] = {}
+    for item in items:
+        found.setdefault(by(item), []).append(item)
+    return found
+
+
 def take(change: HoldChange, rows: Sequence[HoldRow], now: datetime) -> list[tuple[HoldRow, int]]:
     """The rows that a commit or release takes from, and how much of each; or a Refusal.
 
@@ -548,9 +559,7 @@ def take(change: HoldChange, rows: Sequence[HoldRow], now: datetime) -> list[tup
     if any(row.expires_at <= now for row in open_rows):
         raise Refusal(Reason.HOLD_EXPIRED, f"the time of hold {change.hold_id} has come", hold_id=change.hold_id)
     left = {(row.sku, row.slot): row.held for row in open_rows}
-    by_sku: dict[str, list[HoldRow]] = {}
-    for row in open_rows:
-        by_sku.setdefault(row.sku, []).append(row)
+    by_sku = grouped(open_rows, lambda row: row.sku)
     taken: list[tuple[HoldRow, int]] = []
     for line in change.lines:
         mine = [row for row in by_sku.get(line.sku, ()) if line.location in {"", row.location}]

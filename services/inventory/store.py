@@ -29,6 +29,7 @@ from services.inventory.domain import (
     Movement,
     ShortLine,
     Stock,
+    grouped,
 )
 from shared import partitions, telemetry
 from shared.database import Connection, Record, fetch, unavailable
@@ -725,13 +726,14 @@ def _change_rows(
 ) -> list[tuple[str, str, str, str, bytes, str, datetime]]:
     rows = []
     for change, allocations, expires_at in made:
-        parts: dict[str, list[tuple[str, int]]] = {sku: [] for sku in change.skus}
-        for part in allocations:
-            parts[part.sku].append((part.location, part.quantity))
+        parts = grouped(allocations, lambda part: part.sku)
         rows += [
-            (sku, change.hold_id, change.request_id, change.kind.value, change.fingerprint, json.dumps(of), expires_at)
-            for sku, of in parts.items()
-        ]
+            (
+                sku, change.hold_id, change.request_id, change.kind.value, change.fingerprint,
+                json.dumps([[part.location, part.quantity] for part in parts.get(sku, ())]), expires_at,
+            )
+            for sku in change.skus
+        ]  # fmt: skip
     return sorted(rows)
 
 

@@ -7,16 +7,12 @@ from pathlib import Path
 import pytest
 
 from shared.topics import TOPICS
+from tests.contract.test_error_reasons import comment, documented_errors
 
 ROOT = Path(__file__).parents[2]
 PAGE = (ROOT / "docs/api.md").read_text()
 RPC = re.compile(r"((?:^  //.*\n)+)^  rpc (\w+)\((stream )?\w+\) returns \((stream )?\w+\)", re.MULTILINE)
-REASON = re.compile(r"((?:^  //.*\n)+)^  ERROR_REASON_(\w+) = [1-9]", re.MULTILINE)
 STREAMS = {(True, False): " (stream in)", (False, True): " (stream out)", (True, True): " (stream both ways)"}
-
-
-def comment(lines: str) -> str:
-    return re.sub(r"\s*//\s?", " ", lines).strip()
 
 
 def calls(proto: Path) -> Iterator[str]:
@@ -28,9 +24,7 @@ def calls(proto: Path) -> Iterator[str]:
 
 def reasons(api: str) -> Iterator[str]:
     """A row for each error of an API: its code, and the first sentence of its comment."""
-    text = (ROOT / f"protos/holdfast/{api}/v1/error_reason.proto").read_text()
-    for lines, name in REASON.findall(text):
-        code, _, says = comment(lines).partition(": ")
+    for name, code, says in documented_errors(api):
         yield f"| `{name}` | {code} | {re.split(r'(?<=[.]) (?=[A-Z])', says)[0].rstrip('.')} |"
 
 

@@ -1,6 +1,7 @@
 """Code and contract name the same errors and the same statuses."""
 
 import re
+from collections.abc import Iterator
 from enum import EnumMeta
 from pathlib import Path
 
@@ -14,6 +15,20 @@ from services.reservation import domain as reservation
 from services.reservation.servicer import ERRORS as RESERVATION
 from shared.errors import ErrorMap
 
+REASON = re.compile(r"((?:^  //.*\n)+)^  ERROR_REASON_(\w+) = [1-9]", re.MULTILINE)
+
+
+def comment(lines: str) -> str:
+    return re.sub(r"\s*//\s?", " ", lines).strip()
+
+
+def documented_errors(api: str) -> Iterator[tuple[str, str, str]]:
+    """Each error that a contract names, with its code and what it means."""
+    text = (Path(__file__).parents[2] / f"protos/holdfast/{api}/v1/error_reason.proto").read_text()
+    for lines, reason in REASON.findall(text):
+        code, _, says = comment(lines).partition(": ")
+        yield reason, code, says
+
 
 @pytest.mark.parametrize(
     ("api", "errors", "reasons"),
@@ -25,13 +40,6 @@ from shared.errors import ErrorMap
 )
 def test_each_reason_is_sent_with_its_documented_code(api: str, errors: ErrorMap, reasons: EnumMeta) -> None:
     """The enum's comments, the domain's reasons and the map of codes agree."""
-    text = Path(f"protos/holdfast/{api}/v1/error_reason.proto").read_text()
-    documented: dict[str, str] = {}
-    code = ""
-    for line in text.splitlines():
-        if found := re.match(r"\s*// ([A-Z_]+): ", line):
-            code = found.group(1)
-        elif found := re.match(r"\s*ERROR_REASON_(\w+) = [1-9]", line):
-            documented[found.group(1)] = code
+    documented = {reason: code for reason, code, _ in documented_errors(api)}
     assert documented == {str(reason): errors.codes[reason].name for reason in errors.codes}
     assert set(documented) == set(reasons.__members__)

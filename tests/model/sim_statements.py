@@ -300,14 +300,22 @@ async def _clock_timestamp(t: Transaction) -> list[Record]:
 async def _save(t: Transaction, *arguments: Any) -> int:
     new = _rows("sku location on_hand held safety_stock backorder_limit short version", *arguments[:8])
     now, old_versions = arguments[8:]
+    return await _saved(
+        t, "stock", ("sku", "location"), [row | {"updated_at": now} for row in new], "version", old_versions
+    )
+
+
+async def _saved(
+    t: Transaction, table: str, key: Sequence[str], new: Sequence[Row], guard: str, old: Sequence[Any]
+) -> int:
+    """Write rows over those of which `guard` is still what it was; how many."""
     count = 0
-    for row, old_version in zip(new, old_versions, strict=True):
-        key = (row["sku"], row["location"])
+    for row, was in zip(new, old, strict=True):
         saved = await t.update(
-            "stock",
-            key,
-            lambda _row, new=row: {**new, "updated_at": now},  # type: ignore[misc]
-            lambda row, old=old_version: row["version"] == old,  # type: ignore[misc]
+            table,
+            tuple(row[name] for name in key),
+            lambda _row, new=row: new,  # type: ignore[misc]
+            lambda row, was=was: row[guard] == was,  # type: ignore[misc]
         )
         count += saved is not None
     return count
@@ -410,16 +418,7 @@ def _by(rows: Iterable[Row], *columns: str) -> list[Row]:
 @_runs(inventory.SAVE_HOLDS)
 async def _save_holds(t: Transaction, *arguments: Any) -> int:
     new = _rows("sku hold_id slot held committed released expired expires_at", *arguments[:8])
-    count = 0
-    for row, old_held in zip(new, arguments[8], strict=True):
-        saved = await t.update(
-            "hold",
-            (row["sku"], row["hold_id"], row["slot"]),
-            lambda _row, new=row: new,  # type: ignore[misc]
-            lambda row, old=old_held: row["held"] == old,  # type: ignore[misc]
-        )
-        count += saved is not None
-    return count
+    return await _saved(t, "hold", ("sku", "hold_id", "slot"), new, "held", arguments[8])
 
 
 @_runs(inventory.EXPIRED_ON_KEYS)

@@ -329,4 +329,4 @@ def test_a_judgement_costs_microseconds() -> None:
         guard.judge(batch, NOW + timedelta(milliseconds=turn))
         guard.settle(answers)
         costs.append((clock.thread_time() - began) / len(batch))
-    assert min(costs) < 50e-6
+    assert sorted(costs)[len(costs) // 2] < 50e-6

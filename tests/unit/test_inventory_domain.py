@@ -74,6 +74,13 @@ def test_a_hold_of_which_anything_expired_is_expired_whole() -> None:
     assert refused.value.reason == "HOLD_EXPIRED"
 
 
+def test_only_what_is_held_is_extended() -> None:
+    """A row of which nothing is left keeps its time."""
+    sold, held = row(committed=5), row(held=5)
+    until = LATER + TWO_HOURS
+    assert [one.expires_at for one in domain.after_extending([sold, held], until)] == [LATER, until]
+
+
 def test_a_hold_lives_seven_days() -> None:
     """Counted from its placing, however often it is extended."""
     with pytest.raises(Refusal) as refused:
