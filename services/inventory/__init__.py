@@ -12,19 +12,21 @@ What it promises, and what keeps the promise:
 
 How a hold is decided, when many pods decide at once:
 
-1. *Optimistic.* The whole batch's demand, summed for each key, in one guarded UPDATE over the sorted
-   keys; a line that leaves its location open asks its first source. If each key comes back, each is
+1. *At once.* The whole batch's demand, summed for each key, in one guarded UPDATE over the sorted keys
+   (`store.PLACE`); a line that leaves its location open asks its first source. If each key comes back, each is
    locked and paid for, and holds, movements and what the relay needs are written by the same statement.
-2. *Refused at once.* Of a batch that failed so, or that names a SKU of which somebody was refused lately, those
-   for which there is not enough are told apart by stock that is read without a lock. One statement
-   (`store.REFUSE`) remembers that they were refused, if no key has moved since and no hold on it has expired.
-   The others go the first way, whatever is sold out beside them.
-3. *Exact*, for the last units of a key, when a hold id was known or named twice, or less than all may do. All
-   keys that could be touched are locked in sorted order, expired holds on them are reclaimed, and requests
-   are decided one after the other, in order of arrival, from the locked rows. No second round is
+2. *As seen.* Where that failed, or a SKU was scarce lately, or less than all may do: the batch is decided, in
+   order of arrival, from stock that is read without a lock, and holds and refusals are written by the same
+   statement. The keys that decide a plan must be of the version that was read, and no hold on one of them may
+   have expired; of all others there must be enough.
+3. *Exact*, for what moved meanwhile, when a hold id was known or named twice, or something named is not to be had
+   at all. All keys that could be touched are locked in sorted order, expired holds on them are reclaimed, and
+   requests are decided one after the other, in order of arrival, from the locked rows. No second round is
    needed: nothing can change under the locks. Where more has expired than one transaction gives back, that much is
-   committed first and it begins anew. A line that leaves its location open is decided from the locations that were
-   open when it was looked at: stock that comes to a new one meanwhile is for the next.
+   committed first and it begins anew.
+
+A line that leaves its location open is decided from the locations that were open when it was looked at: stock that
+comes to a new one meanwhile is for the next.
 
 Stock rows are always locked before hold rows are touched, and always in ascending (sku, location): two
 transactions cannot wait for each other. A hold's rows change only under its stock rows' locks, so commit,

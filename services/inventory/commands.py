@@ -22,6 +22,7 @@ from services.inventory.domain import (
     Changed,
     Drift,
     HoldChange,
+    HoldLine,
     HoldRequest,
     HoldRow,
     Key,
@@ -40,7 +41,7 @@ from shared.database import CONTESTED, RETRIED, Connection, Database
 from shared.refusal import Refusal
 from shared.workers import turns
 
-SHORT_SKUS_MAX = 100_000
+SCARCE_SKUS_MAX = 100_000
 SWEEP_HOLDS_MAX = 500
 RECLAIM_HOLDS_MAX = 2_000  # in one transaction, whose locks others wait for
 SWEEP_LOOKS = 2  # before keys are locked: who was first to what is due was another pod, most of the time
@@ -66,34 +67,114 @@ class Commands:
     def __init__(self, database: Database, cache: Cache) -> None:
         self._database = database
         self._cache = cache
-        self._short: set[str] = set()  # SKUs of which somebody was refused lately: whom to look at first
+        self._scarce: set[str] = set()  # SKUs that not everybody had at once lately: what to look at first
 
     # -- holds ------------------------------------------------------------------------------------
 
     async def place(self, requests: Sequence[HoldRequest]) -> list[Placed | Refusal]:
-        """Place holds in order of arrival; a repeat gets its first outcome.
-
-        Those for which there is not enough are told apart from the others, and do not cost them the fast way: first
-        where somebody was refused the same SKU before, else once it has failed.
-        """
+        """Place holds in order of arrival; a repeat gets its first outcome."""
         if (
             len({request.hold_id for request in requests}) < len(requests)
             or sum(len(request.lines) for request in requests) > AT_ONCE_LINES_MAX
         ):
             return await self._place_in_order(requests)
         answers: dict[str, Placed | Refusal] = {}
-        left = requests
-        hurried = not any(line.sku in self._short for request in requests for line in request.lines)
-        if hurried:
-            answers |= await self._place_at_once(left)
+        if all(request.mode is Mode.ALL for request in requests) and not any(
+            line.sku in self._scarce for request in requests for line in request.lines
+        ):
+            answers |= await self._place_at_once(requests)
         if not answers:
-            answers |= await self._refuse_at_once(requests)
-            left = [request for request in requests if request.hold_id not in answers]
-            if answers or not hurried:
-                answers |= await self._place_at_once(left)
-        left = [request for request in left if request.hold_id not in answers]
+            answers |= await self._place_as_seen(requests)
+        left = [request for request in requests if request.hold_id not in answers]
         answers |= zip((request.hold_id for request in left), await self._place_in_order(left), strict=True)
         return [answers[request.hold_id] for request in requests]
+
+    async def _place_at_once(self, requests: Sequence[HoldRequest]) -> dict[str, Placed]:
+        """Place them all, each whole, in one statement; else nothing is changed.
+
+        An open line takes from its first source: where that one alone can meet it, it is the one to take.
+        """
+        open_skus = {line.sku for request in requests for line in request.lines if not line.location}
+        async with self._database.connection() as connection:
+            sources = await store.sources(connection, open_skus)
+            if len(sources) < len(open_skus):
+                return {}
+            plans = []
+            for request in requests:
+                units: dict[Key, int] = {}
+                for line in request.lines:
+                    key = (line.sku, line.location or sources[line.sku][0])
+                    units[key] = units.get(key, 0) + line.quantity
+                plans.append(
+                    (request, Plan(tuple(Allocation(*key, quantity) for key, quantity in sorted(units.items()))))
+                )
+            return await self._place_planned(connection, plans)
+
+    async def _place_as_seen(self, requests: Sequence[HoldRequest]) -> dict[str, Placed]:
+        """Decide by stock that is read without a lock, and write that in one statement, where it still is so.
+
+        Left out are those that name what is unknown or closed, those that come out short where others of them take
+        from, since the next expiry may be that of these, and those that come after them.
+        """
+        lines = [line for request in requests for line in request.lines]
+        open_skus = {line.sku for line in lines if not line.location}
+        named = {(line.sku, line.location) for line in lines if line.location}
+        async with self._database.connection() as connection:
+            seen = await store.look_open(connection, open_skus)
+            sources = {sku: [at for _, at in keys] for sku, keys in domain.grouped(seen, lambda key: key[0]).items()}
+            seen |= await store.look(connection, named)
+            shelf = Shelf({key: stock for key, (stock, _) in seen.items() if stock.active})
+            plans: list[tuple[HoldRequest, Plan]] = []
+            scarce: set[str] = set()
+            booked, deciding, left_out = set[Key](), set[Key](), set[Key]()
+            for request in requests:
+                by_line = [_keys(line.sku, line.location, sources) for line in request.lines]
+                keys = {key for some in by_line for key in some}
+                if not all(by_line) or not keys <= shelf.stocks.keys():
+                    continue
+                plan = domain.plan(request, shelf, sources)
+                decided_by = _deciding(request, plan, sources)
+                scarce |= {sku for sku, _ in decided_by}
+                if keys & left_out or (plan.short_lines and decided_by & booked):
+                    left_out |= keys
+                    continue
+                plans.append((request, plan))
+                deciding |= decided_by
+                booked |= {part.key for part in plan.allocations}
+                _book(shelf, request, plan)
+            self._remember(scarce, {line.sku for line in lines})
+            if not plans:
+                return {}
+            until = {key: expiry for key in deciding if (expiry := seen[key][1])}
+            explained = [(request, _explained(plan, sources, until)) for request, plan in plans]
+            return await self._place_planned(
+                connection, explained, [seen[key][0] for key in deciding], min(until.values(), default=None)
+            )
+
+    async def _place_planned(
+        self,
+        connection: Connection,
+        plans: Sequence[tuple[HoldRequest, Plan]],
+        seen: Sequence[Stock] = (),
+        until: datetime | None = None,
+    ) -> dict[str, Placed]:
+        """Write plans in one statement; nobody's, where one of them cannot be kept or its hold is known."""
+        try:
+            stocks, now = await store.place(connection, plans, seen, until)
+        except (*CONTESTED, asyncpg.DivisionByZeroError):
+            return {}
+        self._cache.wrote(stocks.values(), now)
+        return {
+            request.hold_id: Placed(request.hold_id, plan.allocations, plan.short_lines, now, now + request.ttl)
+            for request, plan in plans
+        }
+
+    def _remember(self, scarce: set[str], skus: set[str]) -> None:
+        """Note which of some SKUs were scarce just now."""
+        self._scarce -= skus
+        if len(self._scarce) > SCARCE_SKUS_MAX:
+            self._scarce.clear()
+        self._scarce |= scarce
 
     async def _place_in_order(self, requests: Sequence[HoldRequest]) -> list[Placed | Refusal]:
         """Place them exactly, once all that has expired in their way was given back."""
@@ -101,93 +182,6 @@ class Commands:
         while len(placed) < len(requests):
             placed = await self._commit(lambda connection: self._place_exactly(connection, requests))
         return placed
-
-    async def _place_at_once(self, requests: Sequence[HoldRequest]) -> dict[str, Placed]:
-        """Place them all in one statement; none of them, and nothing is changed, where it takes more than that."""
-        if not requests or not all(request.mode is Mode.ALL for request in requests):
-            return {}
-        async with self._database.connection() as connection:
-            try:
-                located = await self._locate(connection, requests)
-                if located is None:
-                    return {}
-                stocks, now = await store.place(connection, located)
-            except (*CONTESTED, asyncpg.DivisionByZeroError):
-                return {}
-        self._cache.wrote(stocks.values(), now)
-        return {
-            request.hold_id: Placed(
-                request.hold_id,
-                tuple(Allocation(line.sku, line.location, line.quantity) for line in request.lines),
-                (),
-                now,
-                now + request.ttl,
-            )
-            for request in located
-        }
-
-    async def _refuse_at_once(self, requests: Sequence[HoldRequest]) -> dict[str, Placed]:
-        """Refuse in one statement those for which there is not enough, by stock as it is read; nobody if it moves."""
-        lines = [line for request in requests for line in request.lines]
-        async with self._database.connection() as connection:
-            open_skus = {line.sku for line in lines if not line.location}
-            sources = await store.sources(connection, open_skus) if open_skus else {}
-            keys = {line: _keys(line.sku, line.location, sources) for line in lines}
-            seen = await store.look(connection, {key for some in keys.values() for key in some})
-            shelf = Shelf({key: stock for key, (stock, _) in seen.items() if stock.active})
-            plans = {
-                request.hold_id: (request, plan)
-                for request in requests
-                if all(keys[line] and all(key in shelf.stocks for key in keys[line]) for line in request.lines)
-                and not (plan := domain.plan(request, shelf, sources)).allocations
-            }
-            self._short -= {line.sku for line in lines}
-            if not plans:
-                return {}
-            if len(self._short) > SHORT_SKUS_MAX:
-                self._short.clear()
-            self._short |= {line.sku for _, plan in plans.values() for line in plan.short_lines}
-            deciding = {
-                key
-                for request, plan in plans.values()
-                # Of one that wants all, what is short decides, whatever becomes of the rest.
-                for line in (plan.short_lines if request.mode is Mode.ALL else request.lines)
-                for key in _keys(line.sku, line.location, sources)
-            }
-            until = {key: expiry for key in deciding if (expiry := seen[key][1])}
-            explained = _explained(plans, sources, until)
-            rows: list[tuple[HoldRequest, str, Sequence[ShortLine]]] = []
-            for request, plan in explained.values():
-                short = domain.grouped(plan.short_lines, lambda line: line.sku)
-                rows += [(request, sku, short.get(sku, ())) for sku in {line.sku for line in request.lines}]
-            try:
-                now = await store.refuse(
-                    connection, [shelf.stocks[key] for key in deciding], rows, min(until.values(), default=None)
-                )
-            except (*CONTESTED, asyncpg.DivisionByZeroError):
-                return {}
-        return {
-            hold_id: Placed(hold_id, (), plan.short_lines, now, now + request.ttl)
-            for hold_id, (request, plan) in explained.items()
-        }
-
-    async def _locate(self, connection: Connection, requests: Sequence[HoldRequest]) -> Sequence[HoldRequest] | None:
-        """Give each open line its first source: where that one alone can meet it, it is the one to take."""
-        open_skus = {line.sku for request in requests for line in request.lines if not line.location}
-        if not open_skus:
-            return requests
-        sources = await store.sources(connection, open_skus)
-        if len(sources) < len(open_skus):
-            return None
-        return [
-            replace(
-                request,
-                lines=domain.sum_lines(
-                    line if line.location else replace(line, location=sources[line.sku][0]) for line in request.lines
-                ),
-            )
-            for request in requests
-        ]
 
     async def _place_exactly(
         self, connection: Connection, requests: Sequence[HoldRequest]
@@ -230,12 +224,12 @@ class Commands:
             for line in plan.short_lines
             for key in _keys(line.sku, line.location, sources)
         }
-        looks = await store.look(connection, doubtful) if doubtful else {}
+        looks = await store.look(connection, doubtful)
         until = {key: expiry for key, (_, expiry) in looks.items() if expiry}
-        for request, plan in plans.values():
+        for hold_id, (request, plan) in plans.items():
+            plans[hold_id] = (request, _explained(plan, sources, until))
             for part in plan.allocations:
                 until[part.key] = min(until.get(part.key, _LATE), now + request.ttl)
-        plans = _explained(plans, sources, until)
         rows = [row for request, plan in plans.values() for row in _rows(request, plan, now)]
         await store.insert_holds(connection, rows, now)
         await self._save(connection, before, shelf, now)
@@ -541,18 +535,13 @@ def _rows(request: HoldRequest, plan: Plan, now: datetime) -> list[HoldRow]:
     return rows
 
 
-def _explained(
-    plans: dict[str, tuple[HoldRequest, Plan]], sources: dict[str, list[str]], until: dict[Key, datetime]
-) -> dict[str, tuple[HoldRequest, Plan]]:
-    """The plans, with when the next hold on the keys of each short line expires."""
-    explained = {}
-    for hold_id, (request, plan) in plans.items():
-        lines = []
-        for line in plan.short_lines:
-            times = [until[key] for key in _keys(line.sku, line.location, sources) if key in until]
-            lines.append(replace(line, next_expiry=min(times, default=None)))
-        explained[hold_id] = (request, replace(plan, short_lines=tuple(lines)))
-    return explained
+def _explained(plan: Plan, sources: dict[str, list[str]], until: dict[Key, datetime]) -> Plan:
+    """The plan, with when the next hold on the keys of each short line expires."""
+    lines = []
+    for line in plan.short_lines:
+        times = [until[key] for key in _keys(line.sku, line.location, sources) if key in until]
+        lines.append(replace(line, next_expiry=min(times, default=None)))
+    return replace(plan, short_lines=tuple(lines))
 
 
 def _replay(rows: Sequence[HoldRow]) -> Placed:
@@ -568,6 +557,24 @@ def _replay(rows: Sequence[HoldRow]) -> Placed:
 
 def _keys(sku: str, location: str, sources: dict[str, list[str]]) -> list[Key]:
     return [(sku, location)] if location else [(sku, at) for at in sources.get(sku, ())]
+
+
+def _deciding(request: HoldRequest, plan: Plan, sources: dict[str, list[str]]) -> set[Key]:
+    """The keys by whose stock a plan is what it is; of others it needs no more than that its units are there.
+
+    Of one that wants all, what is short decides, whatever becomes of the rest. An open line that its first source meets
+    would go there however much more that had.
+    """
+    lines: Sequence[HoldLine | ShortLine]
+    if plan.short_lines:
+        lines = plan.short_lines if request.mode is Mode.ALL else request.lines
+    else:
+        units = {part.key: part.quantity for part in plan.allocations}
+        for line in request.lines:
+            if line.location:
+                units[line.sku, line.location] -= line.quantity
+        lines = [x for x in request.lines if not x.location and units.get((x.sku, sources[x.sku][0])) != x.quantity]
+    return {key for line in lines for key in _keys(line.sku, line.location, sources)}
 
 
 def _short_keys(requests: Iterable[HoldRequest], stocks: dict[Key, Stock], sources: dict[str, list[str]]) -> list[Key]:

@@ -10,7 +10,7 @@ others what they have inserted.
 
 import asyncio
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -27,6 +27,7 @@ from services.inventory.domain import (
     Key,
     Kind,
     Movement,
+    Plan,
     ShortLine,
     Stock,
     grouped,
@@ -43,27 +44,31 @@ STOCK_COLUMNS = f"stock.sku, stock.location, {COUNTERS}"
 # Before it is read the transaction has its number there, so that `shared.watermark` knows of it.
 CLOCK = "CASE WHEN pg_current_xact_id() IS NOT NULL THEN clock_timestamp() END"
 
-# A batch of holds in one statement and one round trip: the guard, the holds, their movements, and where
-# these stand in the ledger for the relay. $1 to $5 are the keys in order, each with its whole demand, the
-# number of its holds, and where these begin in $6 to $13, which are the holds in order of their keys, with
-# a running sum of units for each key. A key that is short does not come back from `taken`: then dividing
-# by zero undoes it all. The time is read after the last key was locked.
+# A batch of holds and refusals in one statement and one round trip: the guard, the holds, their movements, and where
+# these stand in the ledger for the relay. $1 to $6 are the keys in order, each with its whole demand, the number of its
+# holds, where these begin in $7 to $9, and the version that it must still have, if it must. $7 to $15 are the holds in
+# order of their keys, with a running sum of units for each key; then those SKUs of which nothing is held. A key that is
+# short or has moved does not come back from `taken`: then dividing by zero undoes it all, and so it does where by $16 a
+# hold has expired that is first to be reclaimed. The time is read after the last key was locked.
 PLACE = f"""
 WITH taken AS (
   UPDATE stock SET held = stock.held + demand.quantity, version = stock.version + demand.holds,
                    updated_at = statement_timestamp()
-  FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::int[])
-    AS demand (sku, location, quantity, holds, first)
+  FROM unnest($1::text[], $2::text[], $3::bigint[], $4::bigint[], $5::int[], $6::bigint[])
+    AS demand (sku, location, quantity, holds, first, seen)
   WHERE stock.sku = demand.sku AND stock.location = demand.location AND stock.active
-    AND on_hand - stock.held - safety_stock + backorder_limit >= demand.quantity
+    AND (demand.quantity = 0 OR on_hand - stock.held - safety_stock + backorder_limit >= demand.quantity)
+    AND (demand.seen IS NULL OR demand.seen = stock.version)
   RETURNING {STOCK_COLUMNS}, demand.quantity, demand.holds, demand.first
 ), paid AS (
   SELECT {CLOCK} AS time FROM taken HAVING 1 / (count(*) = cardinality($1))::int = 1
 ), placed AS (
-  INSERT INTO hold (sku, hold_id, slot, location, quantity, held, fingerprint, created_at, expires_at)
-  SELECT part.sku, hold_id, slot, location, quantity, quantity, fingerprint, paid.time, paid.time + ttl
-  FROM unnest($9::text[], $6::text[], $10::smallint[], $11::text[], $7::bigint[], $12::bytea[], $13::interval[])
-    AS part (sku, hold_id, slot, location, quantity, fingerprint, ttl) CROSS JOIN paid
+  INSERT INTO hold (sku, hold_id, slot, location, quantity, held, fingerprint, created_at, expires_at, short_lines)
+  SELECT part.sku, hold_id, slot, location, quantity, quantity, fingerprint, paid.time, paid.time + ttl,
+         short_lines::jsonb
+  FROM unnest($7::text[], $8::bigint[], $10::text[], $11::text[], $12::smallint[], $13::bytea[], $14::interval[],
+              $15::text[])
+    AS part (hold_id, quantity, sku, location, slot, fingerprint, ttl, short_lines) CROSS JOIN paid
 ), moved AS (
   INSERT INTO movement (sku, location, version, kind, on_hand_delta, held_delta, short_delta, on_hand, held,
                         short, safety_stock, backorder_limit, hold_id, request_id, reference, recorded_at)
@@ -71,35 +76,18 @@ WITH taken AS (
          taken.on_hand, taken.held - taken.quantity + part.running, taken.short, taken.safety_stock,
          taken.backorder_limit, part.hold_id, part.hold_id, '', paid.time
   FROM paid CROSS JOIN taken CROSS JOIN LATERAL unnest(
-    ($6::text[])[taken.first : taken.first + taken.holds - 1],
-    ($7::bigint[])[taken.first : taken.first + taken.holds - 1],
-    ($8::bigint[])[taken.first : taken.first + taken.holds - 1]
+    ($7::text[])[taken.first : taken.first + taken.holds - 1],
+    ($8::bigint[])[taken.first : taken.first + taken.holds - 1],
+    ($9::bigint[])[taken.first : taken.first + taken.holds - 1]
   ) WITH ORDINALITY AS part (hold_id, quantity, running, ordinal)
 ), told AS (
   INSERT INTO movement_outbox (skus, locations, versions, recorded_at, traceparent)
-  SELECT array_agg(sku), array_agg(location), array_agg(number), min(paid.time), $14
+  SELECT array_agg(sku), array_agg(location), array_agg(number), min(paid.time), $17
   FROM paid CROSS JOIN taken CROSS JOIN generate_series(taken.version - taken.holds + 1, taken.version) AS number
+  HAVING count(*) > 0
 )
 SELECT {STOCK_COLUMNS.replace("stock.", "taken.")}, paid.time FROM taken CROSS JOIN paid
-"""
-# A batch of refusals in one statement and one round trip, decided from stock that was read without a lock. $1 to $3
-# are the keys in order, with their versions; $4 to $9 the hold rows that tell a repeat of it. It divides by zero where
-# a key has moved since, or where by $10 a hold on one of them has expired, which is then to be reclaimed first.
-REFUSE = f"""
-WITH taken AS (
-  UPDATE stock SET held = stock.held
-  FROM unnest($1::text[], $2::text[], $3::bigint[]) AS seen (sku, location, version)
-  WHERE stock.sku = seen.sku AND stock.location = seen.location AND stock.version = seen.version AND stock.active
-  RETURNING stock.sku
-), paid AS (
-  SELECT {CLOCK} AS time FROM taken HAVING 1 / (count(*) = cardinality($1))::int = 1
-), refused AS (
-  INSERT INTO hold (sku, hold_id, slot, location, quantity, held, fingerprint, created_at, expires_at, short_lines)
-  SELECT part.sku, hold_id, slot, '', 0, 0, fingerprint, paid.time, paid.time + ttl, short_lines::jsonb
-  FROM unnest($4::text[], $5::text[], $6::smallint[], $7::bytea[], $8::interval[], $9::text[])
-    AS part (sku, hold_id, slot, fingerprint, ttl, short_lines) CROSS JOIN paid
-)
-SELECT paid.time FROM paid WHERE 1 / coalesce(paid.time < $10::timestamptz, true)::int = 1
+WHERE 1 / coalesce(paid.time < $16::timestamptz, true)::int = 1
 """
 # A batch of commits, releases and expiries in one statement and one round trip, as PLACE is for holds. $1 to $6 are
 # the keys in order with what goes off the shelf and out of `held`; $7 to $13 their movements in order of the
@@ -252,12 +240,18 @@ ORDER BY hold.sku, hold.location, hold.expires_at LIMIT $4
 # Holds whose time has come, as they are read without a lock.
 EXPIRED = "SELECT * FROM hold WHERE held > 0 AND expires_at <= now() ORDER BY expires_at LIMIT $1"
 # Keys as they are, and when the next hold on each expires, without a lock.
-LOOK = f"""
-SELECT {STOCK_COLUMNS}, (
+LOOK_COLUMNS = f"""{STOCK_COLUMNS}, (
   SELECT min(expires_at) FROM hold WHERE hold.sku = stock.sku AND hold.location = stock.location AND hold.held > 0
-) AS expires_at
-FROM unnest($1::text[], $2::text[]) AS key (sku, location)
+) AS expires_at"""
+LOOK = f"""
+SELECT {LOOK_COLUMNS} FROM unnest($1::text[], $2::text[]) AS key (sku, location)
   JOIN stock ON stock.sku = key.sku AND stock.location = key.location
+"""
+# The same of the keys that a line without a location may be met from, in order of priority.
+LOOK_OPEN = f"""
+SELECT {LOOK_COLUMNS} FROM unnest($1::text[]) AS asked (sku)
+  JOIN stock ON stock.sku = asked.sku JOIN location ON location.location = stock.location
+WHERE stock.active ORDER BY stock.sku, location.priority, stock.location
 """
 READ_CHANGES = """
 SELECT hold_change.* FROM unnest($1::text[], $2::text[], $3::text[]) AS asked (sku, hold_id, request_id)
@@ -445,55 +439,45 @@ def _stock(row: Record) -> Stock:
     return Stock(*tuple(row)[:9])
 
 
-async def place(connection: Connection, holds: Sequence[HoldRequest]) -> tuple[dict[Key, Stock], datetime]:
-    """Place holds whose lines all name their location, and commit; the stock afterwards, and the time.
-
-    Raises asyncpg.DivisionByZeroError where a key is short, one of CONTESTED where a hold is known.
-    """
-    parts: dict[Key, list[tuple[str, int, int, int, str, str, bytes, timedelta]]] = {}
-    for hold in holds:
-        slots: dict[str, int] = {}
-        for line in hold.lines:
-            slot = slots[line.sku] = slots.get(line.sku, -1) + 1
-            part = parts.setdefault((line.sku, line.location), [])
-            running = line.quantity + (part[-1][2] if part else 0)
-            part.append(
-                (
-                    hold.hold_id, line.quantity, running, slot, line.sku, line.location, hold.fingerprint,
-                    hold.ttl,
-                )
-            )  # fmt: skip
-    demand: list[tuple[str, str, int, int, int]] = []
-    first = 1
-    for key in sorted(parts):
-        part = parts[key]
-        demand.append((*key, part[-1][2], len(part), first))
-        first += len(part)
-    ordered = (row for key in sorted(parts) for row in parts[key])
-    ids, quantities, running_sums, slot_numbers, skus, locations, fingerprints, ttls = zip(*ordered, strict=True)
-    rows = await connection.fetch(
-        PLACE, *split(demand), ids, quantities, running_sums, skus, slot_numbers, locations, fingerprints, ttls,
-        telemetry.traceparent(),
-    )  # fmt: skip
-    return {(row["sku"], row["location"]): _stock(row) for row in rows}, rows[0]["time"]
-
-
-async def refuse(
+async def place(
     connection: Connection,
-    seen: Iterable[Stock],
-    rows: Iterable[tuple[HoldRequest, str, Sequence[ShortLine]]],
-    until: datetime | None,
-) -> datetime:
-    """Remember refusals, a row for each SKU of each, and commit; the time at which they were right.
+    plans: Iterable[tuple[HoldRequest, Plan]],
+    seen: Iterable[Stock] = (),
+    until: datetime | None = None,
+) -> tuple[dict[Key, Stock], datetime]:
+    """Place holds as planned, remember who is refused, and commit; the stock afterwards, and the time.
 
-    `seen` is the stock that they were decided from, `until` the least time at which a hold of it expires. Raises
-    asyncpg.DivisionByZeroError where that is no longer so, one of CONTESTED where a hold is known.
+    What is `seen` must still be so, and of the other keys there must be enough; nor may it be `until` yet, the least
+    time at which a hold expires that the plans count with. Raises asyncpg.DivisionByZeroError otherwise, one of
+    CONTESTED where a hold is known.
     """
-    keys = sorted((stock.sku, stock.location, stock.version) for stock in seen)
-    ordered = sorted(rows, key=lambda row: (row[1], row[0].hold_id))
-    parts = ((sku, of.hold_id, 0, of.fingerprint, of.ttl, _short_json(short)) for of, sku, short in ordered)
-    time: datetime = await connection.fetchval(REFUSE, *split(keys), *split(parts), until)
-    return time
+    held: dict[Key, list[tuple[str, int, int, str, str, int, bytes, timedelta, str | None]]] = {}
+    bare = []
+    for hold, plan in plans:
+        slots: dict[str, int] = {}
+        short = grouped(plan.short_lines, lambda line: line.sku) if plan.short_lines else {}
+        for part in plan.allocations:
+            slot = slots[part.sku] = slots.get(part.sku, -1) + 1
+            parts = held.setdefault(part.key, [])
+            running = part.quantity + (parts[-1][2] if parts else 0)
+            why = None if slot else _short_json(short.get(part.sku, ()))
+            parts.append((hold.hold_id, part.quantity, running, *part.key, slot, hold.fingerprint, hold.ttl, why))
+        if short:
+            bare += [
+                (hold.hold_id, 0, 0, sku, "", 0, hold.fingerprint, hold.ttl, _short_json(short.get(sku, ())))
+                for sku in {line.sku for line in hold.lines} - slots.keys()
+            ]
+    versions = {stock.key: stock.version for stock in seen}
+    demand: list[tuple[str, str, int, int, int, int | None]] = []
+    first = 1
+    for key in sorted(held.keys() | versions):
+        parts = held.get(key, [])
+        demand.append((*key, parts[-1][2] if parts else 0, len(parts), first, versions.get(key)))
+        first += len(parts)
+    ordered = [row for key in sorted(held) for row in held[key]]
+    ordered += sorted(bare, key=lambda row: (row[3], row[0]))
+    rows = await connection.fetch(PLACE, *split(demand), *split(ordered), until, telemetry.traceparent())
+    return {(row["sku"], row["location"]): _stock(row) for row in rows}, rows[0]["time"]
 
 
 async def change(
@@ -581,10 +565,10 @@ async def make_stock(connection: Connection, keys: Iterable[Key]) -> None:
     await connection.execute(MAKE_STOCK, *split(ordered))
 
 
-async def sources(connection: Connection, skus: Iterable[str]) -> dict[str, list[str]]:
+async def sources(connection: Connection, skus: Collection[str]) -> dict[str, list[str]]:
     """Each SKU's open locations in order of priority."""
     found: dict[str, list[str]] = {}
-    for row in await connection.fetch(SOURCES, sorted(set(skus))):
+    for row in await connection.fetch(SOURCES, sorted(set(skus))) if skus else ():
         found.setdefault(row["sku"], []).append(row["location"])
     return found
 
@@ -680,8 +664,8 @@ async def save_holds(connection: Connection, before: Iterable[HoldRow], after: I
         raise AssertionError("holds changed under their lock")
 
 
-async def expired_on_keys(connection: Connection, keys: Iterable[Key], now: datetime, rows_max: int) -> list[HoldRow]:
-    rows = await connection.fetch(EXPIRED_ON_KEYS, *split(sorted(set(keys))), now, rows_max)
+async def expired_on_keys(connection: Connection, keys: Collection[Key], now: datetime, rows_max: int) -> list[HoldRow]:
+    rows = await connection.fetch(EXPIRED_ON_KEYS, *split(sorted(set(keys))), now, rows_max) if keys else ()
     return [_hold(row) for row in rows]
 
 
@@ -690,9 +674,17 @@ async def expired(connection: Connection, holds_max: int) -> list[HoldRow]:
     return [_hold(row) for row in await connection.fetch(EXPIRED, holds_max)]
 
 
-async def look(connection: Connection, keys: Iterable[Key]) -> dict[Key, tuple[Stock, datetime | None]]:
+async def look(connection: Connection, keys: Collection[Key]) -> dict[Key, tuple[Stock, datetime | None]]:
     """The stock of the keys that there are, and when the next hold on each expires, not locked."""
-    rows = await connection.fetch(LOOK, *split(sorted(set(keys))))
+    return _looked(await connection.fetch(LOOK, *split(sorted(set(keys))))) if keys else {}
+
+
+async def look_open(connection: Connection, skus: Collection[str]) -> dict[Key, tuple[Stock, datetime | None]]:
+    """The same of each SKU's open locations, in order of priority."""
+    return _looked(await connection.fetch(LOOK_OPEN, sorted(set(skus)))) if skus else {}
+
+
+def _looked(rows: Iterable[Record]) -> dict[Key, tuple[Stock, datetime | None]]:
     return {(row["sku"], row["location"]): (_stock(row), row["expires_at"]) for row in rows}
 
 

@@ -6,6 +6,7 @@ from uuid import uuid4
 from services.inventory.commands import Commands
 from services.inventory.domain import (
     Adjustment,
+    Allocation,
     Change,
     ChangeLine,
     HoldChange,
@@ -13,6 +14,7 @@ from services.inventory.domain import (
     HoldRequest,
     Kind,
     Mode,
+    Plan,
     sum_lines,
 )
 from shared.database import Connection, Database
@@ -49,6 +51,11 @@ def hold(
 ) -> HoldRequest:
     asked = sum_lines(HoldLine(sku, location, units, minimum) for sku, location, units in lines)
     return HoldRequest(hold_id, asked, mode, timedelta(seconds=ttl_seconds), repr((asked, mode)).encode())
+
+
+def whole(request: HoldRequest) -> tuple[HoldRequest, Plan]:
+    """A hold that gets all it asks for, at the locations that it names."""
+    return request, Plan(tuple(Allocation(line.sku, line.location, line.quantity) for line in request.lines))
 
 
 def change(

@@ -23,7 +23,7 @@ from shared import distribution
 from shared.database import Database
 from shared.migrate import migrate
 from shared.refusal import Refusal
-from tests.integration.goods import change, hold, put
+from tests.integration.goods import change, hold, put, whole
 from tests.model import auditor
 
 pytestmark = pytest.mark.skipif(not os.environ.get("CITUS_DSN"), reason="needs CITUS_DSN, a coordinator of Citus")
@@ -277,7 +277,7 @@ async def test_what_is_prepared_on_one_node_when_the_coordinator_dies_is_undone(
     connection = await asyncpg.connect(inventory_dsn)
     watching = await asyncpg.connect(inventory_dsn, host=first["nodename"], port=first["nodeport"])
     await connection.execute("BEGIN")
-    await store.place(connection, [hold("h", *((sku, "MAIN", 1) for sku in SKUS))])
+    await store.place(connection, [whole(hold("h", *((sku, "MAIN", 1) for sku in SKUS)))])
     with nodes[f"worker{last['groupid']}"].standing_still():
         commit = asyncio.ensure_future(connection.execute("COMMIT"))
         async with asyncio.timeout(SETTLE_SECONDS_MAX):

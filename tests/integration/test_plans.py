@@ -41,9 +41,9 @@ async def large(inventory_db: Database, inventory_dsn: str) -> Database:
 
 
 HOT = {
-    "PLACE": f"{KEYS}, array[1, 1], array[1, 1], array[1, 2], array['h', 'h'], array[1, 1], array[1, 1],"
-    " array['S000100', 'S000200'], array[0, 0], array['MAIN', 'MAIN'], array[''::bytea, ''],"
-    " array[interval '1 h', '1 h'], ''",
+    "PLACE": f"{KEYS}, array[1, 1], array[1, 1], array[1, 2], array[null, 1], array['h', 'h'], array[1, 1],"
+    f" array[1, 1], {KEYS}, array[0, 0], array[''::bytea, ''], array[interval '1 h', '1 h'], array[null, '[]'],"
+    " null, ''",
     "CHANGE": f"{KEYS}, array[1, 1], array[1, 1], array[1, 1], array[1, 2], array['h100', 'h200'], array['r', 'r'],"
     " array['COMMIT', 'COMMIT'], array[1, 1], array[1, 1], array[1, 1], array[1, 1],"
     f" {IDS}, array[0, 0], array[1, 1], array[now(), now()], array[1, 1], array[0, 0], array[0, 0],"
@@ -61,6 +61,7 @@ HOT = {
     "EXPIRED_ON_KEYS": f"{KEYS}, now(), 100",
     "EXPIRED": "100",
     "LOOK": KEYS,
+    "LOOK_OPEN": "array['S000100', 'S000200']",
     "SOURCES": "array['S000100', 'S000200']",
     "MOVEMENTS_AFTER": f"{KEYS}, array[1, 1], 10",
     "MOVED": f"{KEYS}, array[1, 1]",

@@ -132,46 +132,55 @@ async def _tell(t: Transaction, moved: Sequence[Row], recorded_at: datetime | No
 
 
 @_runs(inventory.PLACE)
-async def _place(
-    t: Transaction, skus: Texts, locations: Texts, quantities: Numbers, counts: Numbers, firsts: Numbers,
-    ids: Texts, units: Numbers, running: Numbers, part_skus: Texts, slots: Numbers, part_locations: Texts,
-    fingerprints: Sequence[bytes], ttls: Sequence[timedelta], traceparent: str,
-) -> list[Record]:  # fmt: skip
-    taken: list[tuple[Row, int, int, int]] = []
-    for sku, location, quantity, count, first in zip(skus, locations, quantities, counts, firsts, strict=True):
+async def _place(t: Transaction, *arguments: Any) -> list[Record]:
+    demand = _rows("sku location quantity holds first seen", *arguments[:6])
+    ids, units, running = arguments[6:9]
+    parts = _rows("hold_id quantity sku location slot fingerprint ttl short_lines", *arguments[6:8], *arguments[9:15])
+    until, traceparent = arguments[15:]
+    taken: list[tuple[Row, dict[str, Any]]] = []
+    for one in demand:
         row = await t.update(
             "stock",
-            (sku, location),
-            lambda row, more=quantity, count=count: {  # type: ignore[misc]
-                "held": row["held"] + more, "version": row["version"] + count, "updated_at": t.began,
+            (one["sku"], one["location"]),
+            lambda row, one=one: {  # type: ignore[misc]
+                "held": row["held"] + one["quantity"], "version": row["version"] + one["holds"],
+                "updated_at": t.began,
             },
-            lambda row, more=quantity: row["active"]  # type: ignore[misc]
-            and row["on_hand"] - row["held"] - row["safety_stock"] + row["backorder_limit"] >= more,
+            lambda row, one=one: row["active"]  # type: ignore[misc]
+            and one["quantity"] in {0, min(one["quantity"], _available(row))}
+            and one["seen"] in {None, row["version"]},
         )  # fmt: skip
         if row is not None:
-            taken.append((row, quantity, count, first))
-    _assert_each(len(taken), len(skus))
+            taken.append((row, one))
+    _assert_each(len(taken), len(demand))
     time = t.clock()
-    for sku, hold_id, slot, location, quantity, content, ttl in zip(
-        part_skus, ids, slots, part_locations, units, fingerprints, ttls, strict=True
-    ):
-        await t.insert("hold", _hold(sku, hold_id, slot, location, quantity, content, time, time + ttl, None))
+    for part in parts:
+        row = _hold(
+            part["sku"], part["hold_id"], part["slot"], part["location"], part["quantity"], part["fingerprint"], time,
+            time + part["ttl"], part["short_lines"],
+        )  # fmt: skip
+        await t.insert("hold", row)
     moved = []
-    for row, quantity, count, first in taken:
-        parts = slice(first - 1, first - 1 + count)
-        for ordinal, (hold_id, more, sum_) in enumerate(
-            zip(ids[parts], units[parts], running[parts], strict=True), start=1
-        ):
+    for row, one in taken:
+        own = slice(one["first"] - 1, one["first"] - 1 + one["holds"])
+        for ordinal, (hold_id, more, sum_) in enumerate(zip(ids[own], units[own], running[own], strict=True), start=1):
             moved.append(
                 _movement(
-                    row, row["version"] - count + ordinal, "HOLD", 0, more, 0, row["on_hand"],
-                    row["held"] - quantity + sum_, row["short"], hold_id, hold_id, "", None, time,
+                    row, row["version"] - one["holds"] + ordinal, "HOLD", 0, more, 0, row["on_hand"],
+                    row["held"] - one["quantity"] + sum_, row["short"], hold_id, hold_id, "", None, time,
                 )
             )  # fmt: skip
-    for one in moved:
-        await t.insert("movement", one)
-    await _tell(t, moved, time, traceparent)
-    return [_stock(row, time=time) for row, *_ in taken]
+    for movement in moved:
+        await t.insert("movement", movement)
+    if moved:
+        await _tell(t, moved, time, traceparent)
+    _assert_each(int(until is None or time < until), 1)
+    return [_stock(row, time=time) for row, _ in taken]
+
+
+def _available(row: Row) -> int:
+    available: int = row["on_hand"] - row["held"] - row["safety_stock"] + row["backorder_limit"]
+    return available
 
 
 def _hold(
@@ -197,32 +206,6 @@ def _movement(
         "backorder_limit": stock["backorder_limit"], "hold_id": hold_id, "request_id": request_id,
         "reference": reference, "occurred_at": occurred_at,
     }  # fmt: skip
-
-
-@_runs(inventory.REFUSE)
-async def _refuse(t: Transaction, *arguments: Any) -> list[Record]:
-    seen = _rows("sku location version", *arguments[:3])
-    parts = _rows("sku hold_id slot fingerprint ttl short_lines", *arguments[3:9])
-    until = arguments[9]
-    taken = 0
-    for one in seen:
-        row = await t.update(
-            "stock",
-            (one["sku"], one["location"]),
-            lambda _row: {},
-            lambda row, one=one: row["active"] and row["version"] == one["version"],  # type: ignore[misc]
-        )
-        taken += row is not None
-    _assert_each(taken, len(seen))
-    time = t.clock()
-    for part in parts:
-        row = _hold(
-            part["sku"], part["hold_id"], part["slot"], "", 0, part["fingerprint"], time, time + part["ttl"],
-            part["short_lines"],
-        )  # fmt: skip
-        await t.insert("hold", row)
-    _assert_each(int(until is None or time < until), 1)
-    return [Record({"time": time})]
 
 
 @_runs(inventory.CHANGE)
@@ -354,12 +337,16 @@ async def _make_stock(t: Transaction, skus: Texts, locations: Texts) -> int:
 
 @_runs(inventory.SOURCES)
 async def _sources(t: Transaction, skus: Texts) -> list[Record]:
+    return [Record(_row("sku location", *key)) for key in _open_keys(t, skus)]
+
+
+def _open_keys(t: Transaction, skus: Texts) -> list[tuple[str, str]]:
     found = []
     for row in t.scan("stock"):
         place = t.get("location", (row["location"],))
         if row["sku"] in skus and row["active"] and place:
             found.append((row["sku"], place["priority"], row["location"]))
-    return [Record(_row("sku location", sku, location)) for sku, _, location in sorted(found)]
+    return [(sku, location) for sku, _, location in sorted(found)]
 
 
 @_runs(inventory.READ_STOCK)
@@ -376,7 +363,7 @@ async def _sum_stock(t: Transaction, skus: Texts) -> list[Record]:
             sums = found.setdefault(row["sku"], {"sku": row["sku"], **dict.fromkeys((*names, "available"), 0)})
             for name in names:
                 sums[name] += row[name]
-            sums["available"] += max(0, row["on_hand"] - row["held"] - row["safety_stock"] + row["backorder_limit"])
+            sums["available"] += max(0, _available(row))
     return [Record({**sums, "time": t.stated}) for sums in found.values()]
 
 
@@ -440,13 +427,21 @@ async def _expired(t: Transaction, limit: int) -> list[Record]:
 
 @_runs(inventory.LOOK)
 async def _look(t: Transaction, skus: Texts, locations: Texts) -> list[Record]:
-    keys = set(zip(skus, locations, strict=True))
+    return _looked(t, sorted(set(zip(skus, locations, strict=True))))
+
+
+@_runs(inventory.LOOK_OPEN)
+async def _look_open(t: Transaction, skus: Texts) -> list[Record]:
+    return _looked(t, _open_keys(t, skus))
+
+
+def _looked(t: Transaction, keys: Sequence[tuple[str, str]]) -> list[Record]:
     until: dict[tuple[str, str], datetime] = {}
     for row in t.scan("hold"):
         key = (row["sku"], row["location"])
         if row["held"] > 0 and key in keys:
             until[key] = min(until.get(key, row["expires_at"]), row["expires_at"])
-    found = ((key, t.get("stock", key)) for key in sorted(keys))
+    found = ((key, t.get("stock", key)) for key in keys)
     return [_stock(row, expires_at=until.get(key)) for key, row in found if row]
 
 

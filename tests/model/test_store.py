@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from services.inventory import store
 from services.inventory.cache import Cache
 from services.inventory.commands import Commands
-from services.inventory.domain import Adjustment, Change, HoldRequest, Kind, Mode
+from services.inventory.domain import Adjustment, Change, HoldRequest, Kind, Mode, Plan, ShortLine
 from services.inventory.workers import MOVEMENTS
 from services.reservation import store as reservation_store
 from services.reservation.domain import Action, Ask, Held, Line
@@ -35,7 +35,7 @@ from services.reservation.subjects import Kind as SubjectKind
 from shared.database import Connection, Database
 from shared.outbox import OUTBOX
 from shared.refusal import Refusal
-from tests.integration.goods import change, distributed, hold
+from tests.integration.goods import change, distributed, hold, whole
 from tests.model import sim_statements
 from tests.model.sim_database import Connection as SimConnection
 from tests.model.sim_database import LocalWire, Pool, Server, Table
@@ -92,8 +92,8 @@ async def _at_once() -> None:
     """Redis without a way to it."""
 
 
-def simulated(tables: Sequence[Table]) -> Tried:
-    server = Server(tables, lambda: datetime.now(UTC), uuid4)
+def simulated(tables: Sequence[Table], clock: Callable[[], datetime] = lambda: datetime.now(UTC)) -> Tried:
+    server = Server(tables, clock, uuid4)
     pool = Pool(lambda: SimConnection(server, sim_statements.statement, LocalWire()), 40)
     return Tried(Database(pool), tables, server)  # type: ignore[arg-type]
 
@@ -233,7 +233,7 @@ async def call(tried: Tried, asked: Call) -> Any:
             # A decision from rows that are no longer so is refused, whole.
             stale = hold("other", ("A", "X", 10**6))
             async with database.connection() as connection:
-                return await outcome(store.place(connection, [stale]))
+                return await outcome(store.place(connection, [whole(stale)]))
 
 
 def _adjustment(
@@ -281,6 +281,33 @@ async def test_the_same_calls_come_to_the_same(inventory_db: Database, calls: li
     for asked in calls:
         assert await call(made_up, asked) == await call(real, asked), asked
     assert await made_up.dump() == await real.dump()
+
+
+@settings(max_examples=200, deadline=None, derandomize=True)
+@given(calls=st.lists(st.one_of(HOLDS, HOLDS, ADJUSTS), min_size=1, max_size=6))
+async def test_whichever_way_holds_are_decided_they_come_to_the_same(calls: list[Call]) -> None:
+    """At once, as seen or exactly: equal answers, and equal stock and holds once what has expired is given back."""
+    now = datetime(2024, 5, 1, tzinfo=UTC)
+    quick, exact = (simulated(sim_statements.INVENTORY, lambda: now) for _ in range(2))
+    await stocked(quick)
+    await stocked(exact)
+    commands = quick.commands()  # one, which remembers of which SKUs somebody was refused
+    for kind, asks in calls:
+        if kind == "place":
+            holds = [
+                _hold(number, name, lines, mode, 3 + life) for number, (name, lines, mode, life) in enumerate(asks)
+            ]
+            assert await commands.place(holds) == await exact.commands()._place_in_order(holds)
+        else:
+            assert await call(quick, (kind, asks)) == await call(exact, (kind, asks))
+        now += timedelta(seconds=2)
+    now += timedelta(seconds=5)
+    ends = []
+    for tried in (quick, exact):
+        await tried.commands().sweep()
+        end = await tried.dump()
+        ends.append((end["hold"], [{**row, "version": 0} for row in end["stock"]]))
+    assert ends[0] == ends[1]
 
 
 # -- reservation, the same random calls -----------------------------------------------------------
@@ -406,12 +433,12 @@ async def test_a_guard_is_judged_by_the_row_as_it_has_become(tried: Tried) -> No
     await stocked(tried)
     async with tried.database.connection() as first, tried.database.connection() as second:
         async with first.transaction():
-            await store.place(first, [hold("h1", ("A", "X", 5))])
-            waiting = asyncio.ensure_future(store.place(second, [hold("h2", ("A", "X", 3))]))
+            await store.place(first, [whole(hold("h1", ("A", "X", 5)))])
+            waiting = asyncio.ensure_future(store.place(second, [whole(hold("h2", ("A", "X", 3)))]))
             await tried.blocked(waiting)
         with pytest.raises(asyncpg.DivisionByZeroError):
             await waiting
-        stocks, _ = await store.place(second, [hold("h3", ("A", "X", 2))])
+        stocks, _ = await store.place(second, [whole(hold("h3", ("A", "X", 2)))])
     assert stocks["A", "X"].held == 7
 
 
@@ -426,32 +453,35 @@ async def test_a_hold_may_take_what_is_available_and_no_more(
     await tried.commands().adjust([policy])
     async with tried.database.connection() as connection:
         with pytest.raises(asyncpg.DivisionByZeroError):
-            await store.place(connection, [hold("more", ("A", "X", most + 1))])
-        stocks, _ = await store.place(connection, [hold("most", ("A", "X", most))])
+            await store.place(connection, [whole(hold("more", ("A", "X", most + 1)))])
+        stocks, _ = await store.place(connection, [whole(hold("most", ("A", "X", most)))])
     assert stocks["A", "X"].held == most
 
 
 @BOTH
 @pytest.mark.parametrize("meanwhile", ["nothing", "moved", "expired"])
-async def test_a_refusal_decided_from_stock_that_is_no_longer_so_is_undone(tried: Tried, meanwhile: str) -> None:
+async def test_what_was_decided_from_stock_that_is_no_longer_so_is_undone(tried: Tried, meanwhile: str) -> None:
     """Stock that has moved since it was looked at, or of which a hold has expired meanwhile: nobody is refused."""
     await stocked(tried)
-    asked = hold("h", ("A", "X", 8))
+    refused = hold("refused", ("A", "X", 8), ("B", "Y", 1))
+    plan = Plan((), (ShortLine("A", "X", 8, 5),))
     async with tried.database.connection() as connection:
-        await store.place(connection, [hold("first", ("A", "X", 2))])
+        await store.place(connection, [whole(hold("first", ("A", "X", 2)))])
         ((stock, expiry),) = (await store.look(connection, [("A", "X")])).values()
         if meanwhile == "moved":
-            await store.place(connection, [hold("between", ("A", "X", 1))])
+            await store.place(connection, [whole(hold("between", ("A", "X", 1)))])
         until = datetime(2020, 1, 1, tzinfo=UTC) if meanwhile == "expired" else expiry
         before = await tried.dump()
-        refusing = store.refuse(connection, [stock], [(asked, "A", [])], until)
+        plans = [(refused, plan), whole(hold("beside", ("A", "Y", 1)))]
         if meanwhile == "nothing":
-            await refusing
-            ((row,),) = (await store.read_holds(connection, [("A", "h")])).values()
-            assert (row.quantity, row.held, row.expires_at - row.created_at) == (0, 0, asked.ttl)
+            stocks, _ = await store.place(connection, plans, [stock], until)
+            assert (stocks["A", "X"], stocks["A", "Y"].held) == (stock, 1)
+            (a, b) = (await store.read_holds(connection, [("A", "refused"), ("B", "refused")]))["refused"]
+            assert (a.quantity, a.held, a.expires_at - a.created_at) == (0, 0, refused.ttl)
+            assert (a.short_lines, b.short_lines) == (plan.short_lines, ())
         else:
             with pytest.raises(asyncpg.DivisionByZeroError):
-                await refusing
+                await store.place(connection, plans, [stock], until)
             assert await tried.dump() == before
 
 
@@ -468,7 +498,7 @@ async def test_a_change_decided_from_a_row_that_is_no_longer_so_is_undone(
     asked = dataclasses.replace(hold("h", ("A", "X", 3)), ttl=timedelta(seconds=0 if meanwhile == "expired" else 60))
     wanted = change("h", asking, ("A", "", 2), request_id="c")
     async with tried.database.connection() as connection:
-        await store.place(connection, [asked])
+        await store.place(connection, [whole(asked)])
         (row,) = (await store.read_holds(connection, [("A", "h")]))["h"]
         if meanwhile == "sold":
             gone = dataclasses.replace(row, held=row.held - 1, released=1)
@@ -487,7 +517,7 @@ async def test_hold_rows_are_saved_over_what_was_read(tried: Tried) -> None:
     """Those that changed, and none of which other units are held than were read."""
     await stocked(tried)
     async with tried.database.connection() as connection:
-        await store.place(connection, [hold("h", ("A", "X", 3), ("A", "Y", 2))])
+        await store.place(connection, [whole(hold("h", ("A", "X", 3), ("A", "Y", 2)))])
         first, second = (await store.read_holds(connection, [("A", "h")]))["h"]
         gone = dataclasses.replace(first, held=1, released=2)
         await store.save_holds(connection, [first, second], [second, gone])
@@ -504,8 +534,8 @@ async def test_a_row_that_was_rolled_back_is_as_before(tried: Tried) -> None:
     async with tried.database.connection() as first, tried.database.connection() as second:
         held = first.transaction()
         await held.__aenter__()
-        await store.place(first, [hold("h1", ("A", "X", 5))])
-        waiting = asyncio.ensure_future(store.place(second, [hold("h1", ("A", "X", 3))]))
+        await store.place(first, [whole(hold("h1", ("A", "X", 5)))])
+        waiting = asyncio.ensure_future(store.place(second, [whole(hold("h1", ("A", "X", 3)))]))
         await tried.blocked(waiting)
         await held.__aexit__(Refusal, None, None)
         stocks, _ = await waiting
@@ -535,7 +565,7 @@ async def test_a_transaction_sees_what_was_committed_before_each_statement(tried
     async with tried.database.connection() as first, tried.database.connection() as second, second.transaction():
         before = await store.read_stock(second, [("A", "X")])
         async with first.transaction():
-            await store.place(first, [hold("h1", ("A", "X", 5))])
+            await store.place(first, [whole(hold("h1", ("A", "X", 5)))])
             under_way = await store.read_stock(second, [("A", "X")])
         after = await store.read_stock(second, [("A", "X")])
     assert [seen["A", "X"][0].held for seen in (before, under_way, after)] == [0, 0, 5]
