@@ -19,8 +19,9 @@ How a hold is decided, when many pods decide at once:
    order of arrival, from stock that is read without a lock, and holds and refusals are written by the same
    statement. The keys that decide a plan must be of the version that was read, and no hold on one of them may
    have expired; of all others there must be enough.
-3. *Exact*, for what moved meanwhile, when a hold id was known or named twice, or something named is not to be had
-   at all. All keys that could be touched are locked in sorted order, expired holds on them are reclaimed, and
+3. *Exact*, where stock moved meanwhile or a hold has expired on what decides, a hold id was known or named twice,
+   something named has no stock row, or someone comes out short of what the batch itself takes; and for very large
+   batches. All keys that could be touched are locked in sorted order, expired holds on them are reclaimed, and
    requests are decided one after the other, in order of arrival, from the locked rows. No second round is
    needed: nothing can change under the locks. Where more has expired than one transaction gives back, that much is
    committed first and it begins anew.

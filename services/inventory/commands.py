@@ -4,7 +4,9 @@ The package's docstring says why this is right. Here: `place` (holds), `change` 
 and expire), `sweep`, `adjust`, and what mends a ledger. What is sold where: `catalogue`.
 """
 
+from collections import Counter
 from collections.abc import Awaitable, Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import replace
 from datetime import UTC, datetime
 from typing import TypeVar
@@ -22,7 +24,6 @@ from services.inventory.domain import (
     Changed,
     Drift,
     HoldChange,
-    HoldLine,
     HoldRequest,
     HoldRow,
     Key,
@@ -33,7 +34,6 @@ from services.inventory.domain import (
     Plan,
     Reason,
     Shelf,
-    ShortLine,
     Stock,
 )
 from shared import metrics
@@ -79,18 +79,19 @@ class Commands:
         ):
             return await self._place_in_order(requests)
         answers: dict[str, Placed | Refusal] = {}
-        if all(request.mode is Mode.ALL for request in requests) and not any(
-            line.sku in self._scarce for request in requests for line in request.lines
-        ):
-            answers |= await self._place_at_once(requests)
-        if not answers:
-            answers |= await self._place_as_seen(requests)
+        with suppress(*CONTESTED):  # a hold is known, and only the exact way finds which
+            if all(request.mode is Mode.ALL for request in requests) and not any(
+                line.sku in self._scarce for request in requests for line in request.lines
+            ):
+                answers |= await self._place_at_once(requests)
+            if not answers:
+                answers |= await self._place_as_seen(requests)
         left = [request for request in requests if request.hold_id not in answers]
         answers |= zip((request.hold_id for request in left), await self._place_in_order(left), strict=True)
         return [answers[request.hold_id] for request in requests]
 
     async def _place_at_once(self, requests: Sequence[HoldRequest]) -> dict[str, Placed]:
-        """Place them all, each whole, in one statement; else nothing is changed.
+        """Place them all, each whole, in one statement; else nothing is changed. Raises as `_place_planned` does.
 
         An open line takes from its first source: where that one alone can meet it, it is the one to take.
         """
@@ -113,8 +114,9 @@ class Commands:
     async def _place_as_seen(self, requests: Sequence[HoldRequest]) -> dict[str, Placed]:
         """Decide by stock that is read without a lock, and write that in one statement, where it still is so.
 
-        Left out are those that name what is unknown or closed, those that come out short where others of them take
-        from, since the next expiry may be that of these, and those that come after them.
+        Left out are those that name a key without stock, those that come out short where others of them take from,
+        since the next expiry may be that of these, and those that come after one that is left out and ask for the same.
+        Raises as `_place_planned` does.
         """
         lines = [line for request in requests for line in request.lines]
         open_skus = {line.sku for line in lines if not line.location}
@@ -131,6 +133,7 @@ class Commands:
                 by_line = [_keys(line.sku, line.location, sources) for line in request.lines]
                 keys = {key for some in by_line for key in some}
                 if not all(by_line) or not keys <= shelf.stocks.keys():
+                    left_out |= keys
                     continue
                 plan = domain.plan(request, shelf, sources)
                 decided_by = _deciding(request, plan, sources)
@@ -143,8 +146,6 @@ class Commands:
                 booked |= {part.key for part in plan.allocations}
                 _book(shelf, request, plan)
             self._remember(scarce, {line.sku for line in lines})
-            if not plans:
-                return {}
             until = {key: expiry for key in deciding if (expiry := seen[key][1])}
             explained = [(request, _explained(plan, sources, until)) for request, plan in plans]
             return await self._place_planned(
@@ -158,10 +159,15 @@ class Commands:
         seen: Sequence[Stock] = (),
         until: datetime | None = None,
     ) -> dict[str, Placed]:
-        """Write plans in one statement; nobody's, where one of them cannot be kept or its hold is known."""
+        """Write plans in one statement, or none of them, where one can no longer be kept.
+
+        Raises one of CONTESTED, and nothing is written, where a hold is known.
+        """
+        if not plans:
+            return {}
         try:
             stocks, now = await store.place(connection, plans, seen, until)
-        except (*CONTESTED, asyncpg.DivisionByZeroError):
+        except asyncpg.DivisionByZeroError:
             return {}
         self._cache.wrote(stocks.values(), now)
         return {
@@ -562,19 +568,21 @@ def _keys(sku: str, location: str, sources: dict[str, list[str]]) -> list[Key]:
 def _deciding(request: HoldRequest, plan: Plan, sources: dict[str, list[str]]) -> set[Key]:
     """The keys by whose stock a plan is what it is; of others it needs no more than that its units are there.
 
-    Of one that wants all, what is short decides, whatever becomes of the rest. An open line that its first source meets
-    would go there however much more that had.
+    Of a SKU that is short all keys decide, and of an open line that is met those before the one that meets it alone.
     """
-    lines: Sequence[HoldLine | ShortLine]
-    if plan.short_lines:
-        lines = plan.short_lines if request.mode is Mode.ALL else request.lines
-    else:
-        units = {part.key: part.quantity for part in plan.allocations}
-        for line in request.lines:
-            if line.location:
-                units[line.sku, line.location] -= line.quantity
-        lines = [x for x in request.lines if not x.location and units.get((x.sku, sources[x.sku][0])) != x.quantity]
-    return {key for line in lines for key in _keys(line.sku, line.location, sources)}
+    short = {line.sku for line in plan.short_lines}
+    units = Counter({part.key: part.quantity for part in plan.allocations})
+    deciding: set[Key] = set()
+    for line in request.lines:  # the open one of a SKU comes after those with a location
+        keys = _keys(line.sku, line.location, sources)
+        if line.sku in short:
+            deciding.update(keys)
+        elif line.location:
+            units[keys[0]] -= line.quantity
+        elif plan.allocations:
+            before = next((n for n, key in enumerate(keys) if units[key] == line.quantity), len(keys))
+            deciding.update(keys[:before])
+    return deciding
 
 
 def _short_keys(requests: Iterable[HoldRequest], stocks: dict[Key, Stock], sources: dict[str, list[str]]) -> list[Key]:

@@ -306,7 +306,7 @@ class ImportRow:
 
 @dataclass(slots=True)
 class Shelf:
-    """Locked stock, and the movements made of it so far. The one thing here that changes."""
+    """Stock, locked or as it was read, and the movements made of it so far. The one thing here that changes."""
 
     stocks: dict[Key, Stock]
     movements: list[Movement] = field(default_factory=list)
@@ -491,7 +491,7 @@ def sum_lines(lines: Iterable[HoldLine]) -> tuple[HoldLine, ...]:
 
 
 def plan(request: HoldRequest, shelf: Shelf, sources: Mapping[str, Sequence[str]]) -> Plan:
-    """Decide one hold from locked stock, without booking it.
+    """Decide one hold from stock as it is known, without booking it.
 
     `sources` lists the locations of each SKU of an open line, in order of priority. An open line is met by the
     first source that can meet it alone, otherwise by several in that order. Lines with a location come before it,

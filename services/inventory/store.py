@@ -177,11 +177,12 @@ FROM unnest($1::text[], $2::text[]) AS key (sku, location)
 ON CONFLICT DO NOTHING
 """
 # The keys that a line without a location may be met from, in order of priority.
-SOURCES = """
-SELECT stock.sku, stock.location FROM unnest($1::text[]) AS asked (sku)
+OPEN_KEYS = """
+FROM unnest($1::text[]) AS asked (sku)
   JOIN stock ON stock.sku = asked.sku JOIN location ON location.location = stock.location
 WHERE stock.active ORDER BY stock.sku, location.priority, stock.location
 """
+SOURCES = f"SELECT stock.sku, stock.location {OPEN_KEYS}"
 # The keys that there are, and the time as of which it is so. Outer joins of arrays would take whole tables to the
 # coordinator of a cluster.
 READ_STOCK = f"""
@@ -247,12 +248,7 @@ LOOK = f"""
 SELECT {LOOK_COLUMNS} FROM unnest($1::text[], $2::text[]) AS key (sku, location)
   JOIN stock ON stock.sku = key.sku AND stock.location = key.location
 """
-# The same of the keys that a line without a location may be met from, in order of priority.
-LOOK_OPEN = f"""
-SELECT {LOOK_COLUMNS} FROM unnest($1::text[]) AS asked (sku)
-  JOIN stock ON stock.sku = asked.sku JOIN location ON location.location = stock.location
-WHERE stock.active ORDER BY stock.sku, location.priority, stock.location
-"""
+LOOK_OPEN = f"SELECT {LOOK_COLUMNS} {OPEN_KEYS}"
 READ_CHANGES = """
 SELECT hold_change.* FROM unnest($1::text[], $2::text[], $3::text[]) AS asked (sku, hold_id, request_id)
   JOIN hold_change ON hold_change.sku = asked.sku AND hold_change.hold_id = asked.hold_id

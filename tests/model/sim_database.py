@@ -29,7 +29,7 @@ Key = tuple[Any, ...]
 Row = Mapping[str, Any]
 Place = tuple[str, Key]  # a table's name and a key in it
 # Transactions of one statement that take several locks.
-SERIAL = {"place", "refuse", "change", "book", "insert_reservations"}
+SERIAL = {"place", "change", "book", "insert_reservations"}
 
 
 class Record(Sequence[Any]):

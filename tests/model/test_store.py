@@ -170,7 +170,14 @@ HOLDS = st.tuples(
     st.lists(
         st.tuples(
             IDS,
-            st.lists(st.tuples(SKUS, st.sampled_from(["X", "Y", ""]), UNITS), min_size=1, max_size=3),
+            st.lists(
+                st.one_of(
+                    st.tuples(SKUS, st.sampled_from(["X", "Y", ""]), UNITS),
+                    st.sampled_from([("A", "Z", 1), ("D", "", 1), ("nothing", "X", 1)]),
+                ),
+                min_size=1,
+                max_size=3,
+            ),
             st.sampled_from(list(Mode)),
             LIVES,
         ),
@@ -253,14 +260,14 @@ def _hold(number: int, name: str, lines: list[tuple[str, str, int]], mode: Mode,
 
 
 async def stocked(tried: Tried) -> None:
-    """An empty database with two SKUs in two locations."""
+    """Two SKUs in two locations; Z is a third, where there are none, and D is sold nowhere."""
     async with tried.database.connection() as connection:
         if tried.server is None:
             names = ", ".join(table.name for table in tried.tables)
             await connection.execute(f"TRUNCATE {names} CASCADE")
-        for priority, location in enumerate(("X", "Y")):
+        for priority, location in enumerate(("X", "Y", "Z")):
             await connection.fetchrow(store.INSERT_LOCATION, location, location, priority)
-        columns = store.split([(sku, sku, "", "piece", "", 0) for sku in ("A", "B")])
+        columns = store.split([(sku, sku, "", "piece", "", 0) for sku in ("A", "B", "D")])
         await connection.fetch(store.INSERT_SKUS, *columns)
     await tried.commands().adjust(
         [
@@ -291,7 +298,7 @@ async def test_whichever_way_holds_are_decided_they_come_to_the_same(calls: list
     quick, exact = (simulated(sim_statements.INVENTORY, lambda: now) for _ in range(2))
     await stocked(quick)
     await stocked(exact)
-    commands = quick.commands()  # one, which remembers of which SKUs somebody was refused
+    commands = quick.commands()  # one, which remembers what was scarce
     for kind, asks in calls:
         if kind == "place":
             holds = [
