@@ -114,38 +114,16 @@ class Commands:
     async def _place_as_seen(self, requests: Sequence[HoldRequest]) -> dict[str, Placed]:
         """Decide by stock that is read without a lock, and write that in one statement, where it still is so.
 
-        Left out are those that name a key without stock, those that come out short where others of them take from,
-        since the next expiry may be that of these, and those that come after one that is left out and ask for the same.
-        Raises as `_place_planned` does.
+        Who is left out (`_planned`) has no answer. Raises as `_place_planned` does.
         """
         lines = [line for request in requests for line in request.lines]
-        open_skus = {line.sku for line in lines if not line.location}
-        named = {(line.sku, line.location) for line in lines if line.location}
         async with self._database.connection() as connection:
-            seen = await store.look_open(connection, open_skus)
+            seen = await store.look_open(connection, {line.sku for line in lines if not line.location})
             sources = {sku: [at for _, at in keys] for sku, keys in domain.grouped(seen, lambda key: key[0]).items()}
-            seen |= await store.look(connection, named)
+            seen |= await store.look(connection, {(line.sku, line.location) for line in lines if line.location})
             shelf = Shelf({key: stock for key, (stock, _) in seen.items() if stock.active})
-            plans: list[tuple[HoldRequest, Plan]] = []
-            scarce: set[str] = set()
-            booked, deciding, left_out = set[Key](), set[Key](), set[Key]()
-            for request in requests:
-                by_line = [_keys(line.sku, line.location, sources) for line in request.lines]
-                keys = {key for some in by_line for key in some}
-                if not all(by_line) or not keys <= shelf.stocks.keys():
-                    left_out |= keys
-                    continue
-                plan = domain.plan(request, shelf, sources)
-                decided_by = _deciding(request, plan, sources)
-                scarce |= {sku for sku, _ in decided_by}
-                if keys & left_out or (plan.short_lines and decided_by & booked):
-                    left_out |= keys
-                    continue
-                plans.append((request, plan))
-                deciding |= decided_by
-                booked |= {part.key for part in plan.allocations}
-                _book(shelf, request, plan)
-            self._remember(scarce, {line.sku for line in lines})
+            plans, deciding, left_out = _planned(requests, shelf, sources)
+            self._remember({sku for sku, _ in deciding | left_out}, {line.sku for line in lines})
             until = {key: expiry for key in deciding if (expiry := seen[key][1])}
             explained = [(request, _explained(plan, sources, until)) for request, plan in plans]
             return await self._place_planned(
@@ -563,6 +541,34 @@ def _replay(rows: Sequence[HoldRow]) -> Placed:
 
 def _keys(sku: str, location: str, sources: dict[str, list[str]]) -> list[Key]:
     return [(sku, location)] if location else [(sku, at) for at in sources.get(sku, ())]
+
+
+def _planned(
+    requests: Iterable[HoldRequest], shelf: Shelf, sources: dict[str, list[str]]
+) -> tuple[list[tuple[HoldRequest, Plan]], set[Key], set[Key]]:
+    """Plans of requests, in order, booked on the shelf; the keys that decide them; the keys of who is left out.
+
+    Left out are those that name a key without stock, those that come out short where others of them take from, since
+    the next expiry may be that of these, and those that come after one that is left out and ask for the same.
+    """
+    plans: list[tuple[HoldRequest, Plan]] = []
+    booked, deciding, left_out = set[Key](), set[Key](), set[Key]()
+    for request in requests:
+        by_line = [_keys(line.sku, line.location, sources) for line in request.lines]
+        keys = {key for some in by_line for key in some}
+        if not all(by_line) or not keys <= shelf.stocks.keys() or keys & left_out:
+            left_out |= keys
+            continue
+        plan = domain.plan(request, shelf, sources)
+        decided_by = _deciding(request, plan, sources)
+        if plan.short_lines and decided_by & booked:
+            left_out |= keys
+            continue
+        plans.append((request, plan))
+        deciding |= decided_by
+        booked |= {part.key for part in plan.allocations}
+        _book(shelf, request, plan)
+    return plans, deciding, left_out
 
 
 def _deciding(request: HoldRequest, plan: Plan, sources: dict[str, list[str]]) -> set[Key]:
