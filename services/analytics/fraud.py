@@ -22,7 +22,7 @@ import asyncio
 import time
 from collections.abc import Awaitable, Callable, Iterable, Mapping, Sequence
 from contextlib import suppress
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 
 import structlog
@@ -70,7 +70,8 @@ class Engine:
         self._rules_changed = 0
         self._next: asyncio.Task[tuple[Judge, int, int]] | None = None
         self._told = 0.0
-        self._months: set[object] = set()
+        self._months: set[datetime] = set()
+        self._returned_months: set[datetime] = set()
 
     async def positions(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
         """The next offset of each partition to be judged."""
@@ -117,7 +118,7 @@ class Engine:
         self._judge = None  # it is not to be used again until what it sees now is kept
         if last != self._seq:
             await _teach(judge, self._seq, partial(connection.fetch, cases.SIGNALS_SINCE))
-        goods = await connection.fetch(cases.RETURNED, RETURNED_MAX) if returned else []
+        goods = await self._goods(connection) if returned else []
         ordering = {change.customer_id for change in changes if change.version == 1 and change.customer_id}
         first = await cases.first_orders(connection, ordering) if ordering else set()
         signals, findings, usages = _see(judge, changes, first, goods)
@@ -134,6 +135,14 @@ class Engine:
             self._told = now
         await outbox.write(connection, verdicts, table=cases.OUTBOX)
         return changed
+
+    async def _goods(self, connection: Connection) -> list[Record]:
+        """Goods that came back, and can be kept: those of a month without a partition wait for the next batch, which
+        makes it. When they came back their callers say.
+        """
+        rows = await connection.fetch(cases.RETURNED, RETURNED_MAX)
+        self._returned_months = {partitions.month(row["occurred_at"]) for row in rows}
+        return [row for row in rows if partitions.month(row["occurred_at"]) in self._months]
 
     async def _open_cases(self, connection: Connection, findings: Sequence[Finding]) -> list[Event]:
         """Open and grow the cases of what was found; who is to be blocked."""
@@ -203,11 +212,11 @@ class Engine:
             return await connection.fetch(cases.SIGNALS_SINCE, seq, most)
 
     async def _make_partitions(self, changes: Iterable[Reservation]) -> None:
-        for month in sorted({partitions.month(cases.moment(_times(change)[0])) for change in changes}):
-            if month not in self._months:
-                async with self._database.connection() as connection:
-                    await partitions.make(connection, "desk.signal", month)
-                self._months.add(month)
+        wanted = {partitions.month(cases.moment(_times(change)[0])) for change in changes} | self._returned_months
+        for month in sorted(wanted - self._months):
+            async with self._database.connection() as connection:
+                await partitions.make(connection, "desk.signal", month)
+            self._months.add(month)
 
 
 async def seed(database: Database) -> None:

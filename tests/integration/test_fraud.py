@@ -356,6 +356,27 @@ async def test_an_order_of_next_year_is_of_now(shop: Shop) -> None:
     assert [fired["value"] for fired in json.loads(rules)] == [20]
 
 
+@pytest.mark.parametrize("of_now", [False, True], ids=["alone", "among others"])
+async def test_goods_that_come_back_long_ago_stop_nobody(shop: Shop, of_now: bool) -> None:
+    """Of a month of which no change ever was: they are judged one batch later, the others at once."""
+    dates = [START - timedelta(days=600), *([START] if of_now else [])]
+    async with shop.database.connection() as connection:
+        await cases.queue_returned(connection, [(f"r{n}", "A", "MAIN", n, at, 1) for n, at in enumerate(dates)])
+    engine = shop.engine()
+
+    async def judged() -> list[datetime]:
+        async with shop.database.connection() as connection:
+            rows = await connection.fetch("SELECT at FROM desk.signal WHERE returned > 0 ORDER BY seq")
+        return [row["at"] for row in rows]
+
+    await shop.show(engine, [changed("first", 1, START, held=1)])
+    assert await judged() == dates[1:]
+    await shop.show(engine, [changed("second", 1, START, held=1)])
+    assert await judged() == [*dates[1:], dates[0]]
+    async with shop.database.connection() as connection:
+        assert not await connection.fetch("SELECT FROM desk.returned")
+
+
 async def test_a_first_order_is_first_for_good(shop: Shop) -> None:
     """A judge that was started later, or never saw it, knows a customer by what is kept."""
     usual = [changed(f"u{n}", 1, START, who=f"customer:k1:{n}", held=1, units=n % 3 + 1) for n in range(50)]
