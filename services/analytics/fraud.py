@@ -11,8 +11,7 @@ which they were judged (`desk.signal`). A batch of one partition is one transact
   knows what was not kept: it is made anew.
 * A judge that starts is made of the last `fraud_history_signals` signals. Rules that change make another one beside
   it, which takes over when it has caught up; live events are judged by the old rules meanwhile.
-* Time is business time. An order that says it is of later than AHEAD_SECONDS_MAX from now is of now: it could empty
-  every window.
+* Time is business time. An order that says it is of later than it was created is of then: it could empty every window.
 * What a decided case cancels is no sign of anything: its subject did not do it.
 * What is to be enforced leaves by an outbox (`desk.outbox`), in the same transaction, and with it every second how far
   judging has come: from that reservation knows whether what it knows is fresh.
@@ -49,7 +48,6 @@ HEARTBEAT_SECONDS = 1.0
 READ_SIGNALS = 1_000
 BREATH_SIGNALS = 100  # other work of the pod has its turn in between
 RETURNED_MAX = 500
-AHEAD_SECONDS_MAX = 300
 BY_CASE = "case/"  # before a case's id: the request that cancels what a decided case releases
 
 
@@ -274,9 +272,7 @@ def _see(
 
 def _times(change: Reservation) -> tuple[float, float]:
     """When a reservation changed, shifted into business time, and when it was ordered."""
-    order_at, created_at = change.order_time.timestamp(), change.created_at.timestamp()
-    if order_at > created_at + AHEAD_SECONDS_MAX:
-        order_at = created_at
+    order_at = min(change.order_time, change.created_at).timestamp()
     return order_at + (change.updated_at - change.created_at).total_seconds(), order_at
 
 

@@ -11,7 +11,7 @@
   has come OWN_SECONDS past it, and then has told of it if it matters, or until it is older than every window. So on one
   pod nothing gets past a limit, with analytics away or behind as well; over several pods a burst may, by what each
   admits until analytics has told the others.
-* An order that says it is of later than AHEAD_SECONDS_MAX from now is of now, as it is to who judges.
+* An order that says it is of later than now is of now, as it is to who judges.
 * An order whose time lies before others' counts them as well: no window anywhere holds more than `most`.
 * What is not heard of for `stale_seconds` is stale. Then a guard that is `closed` refuses everything, before the first
   heartbeat too; any other goes on with what it knows.
@@ -35,9 +35,7 @@ OWN_SECONDS = 10.0
 BLOCKS_MAX = 100_000
 USAGES_MAX = 100_000
 ADMISSIONS_MAX = 200_000
-AHEAD_SECONDS_MAX = 300
 _OWN = timedelta(seconds=OWN_SECONDS)
-_AHEAD = timedelta(seconds=AHEAD_SECONDS_MAX)
 _HOLDS = ""  # in place of a SKU: all reservations, each counted once
 _NEVER = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -153,7 +151,7 @@ class Guard:
         refused: dict[str, Refusal] = {}
         for ask in asks:
             who = self._subjects.named(ask.customer_id, ask.device_id, ask.ip_address)
-            time = ask.order_time if ask.order_time and ask.order_time <= now + _AHEAD else now
+            time = min(ask.order_time or now, now)
             refusal = self._blocked(who, time) or self._above(ask, who, time, now)
             if refusal:
                 refused[ask.reservation_id] = refusal

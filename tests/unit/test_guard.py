@@ -25,7 +25,7 @@ number = count()
 
 def ask(customer: str = "ann", *lines: tuple[str, int], at: float | None = None, **more: str) -> Ask:
     """An order, made at so many seconds after NOW if this is said."""
-    time = None if at is None else NOW + timedelta(seconds=at)
+    time = None if at is None else after(at)
     asked = tuple(Line(sku, "", units) for sku, units in lines or [("A", 1)])
     return Ask(f"r{next(number)}", customer, asked, Mode.ALL, MINUTE, b"", time, **more)
 
@@ -38,6 +38,10 @@ def made(*limits: Limit, subjects: Subjects = SUBJECTS, **more: bool) -> Guard:
     guard = Guard(subjects, **more)
     guard.apply(Heartbeat(NOW, limits), NOW)
     return guard
+
+
+def after(seconds: float) -> datetime:
+    return NOW + timedelta(seconds=seconds)
 
 
 def admit(guard: Guard, asked: list[Ask], now: datetime = NOW) -> list[Refusal | None]:
@@ -56,16 +60,20 @@ def usage(parts: tuple[tuple[datetime, int], ...], *reservation_ids: str, subjec
 
 
 def blocked(start: float, end: float, subject: str = "") -> Block:
-    seconds = (NOW + timedelta(seconds=start), NOW + timedelta(seconds=end))
-    return Block(subject or hashed(Kind.CUSTOMER, "ann"), *seconds)
+    return Block(subject or hashed(Kind.CUSTOMER, "ann"), after(start), after(end))
 
 
-@pytest.mark.parametrize(("at", "refused"), [(-1, False), (0, True), (None, True), (9.999, True), (10, False)], ids=str)
-def test_a_block_holds_from_its_start_up_to_its_end(at: float | None, refused: bool) -> None:
+@pytest.mark.parametrize(
+    ("now", "at", "refused"),
+    [(-1, None, False), (0, None, True), (9.999, None, True), (10, None, False), (10, 9.999, True), (10, 0, True),
+     (10, -1, False)],
+    ids=str,
+)  # fmt: skip
+def test_a_block_holds_from_its_start_up_to_its_end(now: float, at: float | None, refused: bool) -> None:
     """By the order's time or, without one, now."""
     guard = made()
     guard.apply(blocked(0, 10), NOW)
-    (refusal,) = admit(guard, [ask(at=at)])
+    (refusal,) = admit(guard, [ask(at=at)], after(now))
     assert (refusal is not None) == refused
     if refusal:
         assert refusal.reason == "SUBJECT_BLOCKED"
@@ -141,24 +149,24 @@ def test_units_are_summed_by_sku_and_what_never_fits_is_said() -> None:
 def test_usage_counts_until_it_leaves(subjects: Subjects) -> None:
     """What analytics tells, part by part; a part that leaves now is gone."""
     guard = made(HOLDS)
-    parts = ((NOW + timedelta(seconds=20), 1), (NOW + timedelta(seconds=40), 2))
+    parts = ((after(20), 1), (after(40), 2))
     guard.apply(usage(parts, subject=hashed(Kind.CUSTOMER, "ann", subjects)), NOW)
-    (refusal,) = admit(guard, [ask(at=19.999)])
+    (refusal,) = admit(guard, [ask()], after(19.999))
     assert refusal
     assert refusal.metadata["retry_time"] == "2026-01-01T12:00:20Z"
-    assert admit(guard, [ask(at=20), ask(at=20)])[0] is None
-    assert admit(guard, [ask(at=39)])[0]
+    assert admit(guard, [ask(), ask()], after(20))[0] is None
+    assert admit(guard, [ask()], after(39))[0]
     guard.apply(usage((), subject=hashed(Kind.CUSTOMER, "ann", subjects)), NOW)
-    assert admit(guard, [ask(at=39)]) == [None]
+    assert admit(guard, [ask()], after(39)) == [None]
 
 
 def test_admissions_that_analytics_tells_of_are_not_counted_twice() -> None:
     """Whichever of them it tells of, in any order: partitions are judged one after the other."""
     guard = made(HOLDS)
     asked = [ask(at=0), ask(at=1)]
-    assert admit(guard, asked) == [None, None]
+    assert admit(guard, asked, after(2)) == [None, None]
     guard.apply(usage(((NOW + MINUTE, 1),), asked[1].reservation_id), NOW)
-    assert [refusal is None for refusal in admit(guard, [ask(at=2), ask(at=2)])] == [True, False]
+    assert [refusal is None for refusal in admit(guard, [ask(), ask()], after(2))] == [True, False]
 
 
 @given(st.lists(st.integers(0, 7), max_size=20), st.integers(0, 12))
@@ -168,7 +176,7 @@ def test_no_pod_passes_a_limit_whatever_analytics_tells_when(told: list[int], la
     let_in: list[Ask] = []
     known: set[str] = set()
     for step, which in enumerate([*told, *range(8), *range(8)]):
-        now = NOW + timedelta(seconds=step)
+        now = after(step)
         asked = ask()
         if admit(guard, [asked], now) == [None]:
             let_in.append(asked)
@@ -189,20 +197,22 @@ def test_a_retry_counts_once() -> None:
     assert [refusal is None for refusal in admit(guard, [ask(), ask(), ask()])] == [True, True, False]
 
 
-def test_an_order_from_the_future_is_of_now() -> None:
-    """It neither escapes a block nor finds an empty window."""
+@pytest.mark.parametrize("ahead", [290, 86_400])
+def test_an_order_from_the_future_is_of_now(ahead: float) -> None:
+    """It neither escapes a block nor finds an empty window, nor do those after it."""
     guard = made(HOLDS)
-    assert [refusal is None for refusal in admit(guard, [ask(at=86_400) for _ in range(4)])] == [True] * 3 + [False]
+    asked = [ask(at=ahead * (n % 3 == 1)) for n in range(12)]
+    assert [refusal is None for refusal in admit(guard, asked)] == [True] * 3 + [False] * 9
     assert admit(guard, [ask()])[0]
     guard.apply(blocked(0, 10, hashed(Kind.CUSTOMER, "bob")), NOW)
-    assert admit(guard, [ask("bob", at=86_400)])[0]
+    assert admit(guard, [ask("bob", at=ahead)])[0]
 
 
 def test_own_admissions_are_forgotten_when_analytics_has_told() -> None:
     """When it has come OWN_SECONDS past them; while it is away, when they are older than every window."""
     guard = made(HOLDS)
     admit(guard, [ask(at=0) for _ in range(3)])
-    later = NOW + timedelta(seconds=module.OWN_SECONDS)
+    later = after(module.OWN_SECONDS)
     assert admit(guard, [ask(at=0)], later)[0]
     guard.apply(Heartbeat(later - timedelta(seconds=1), (HOLDS,)), later)
     assert admit(guard, [ask(at=0)], later)[0]
@@ -219,7 +229,7 @@ def test_own_admissions_are_forgotten_when_analytics_has_told() -> None:
 )
 def test_a_closed_guard_refuses_when_it_is_stale(closed: bool, seconds: float, reason: str | None) -> None:
     """30 s after the last heartbeat's time; an open one goes on."""
-    (refusal,) = admit(made(closed=closed), [ask()], NOW + timedelta(seconds=seconds))
+    (refusal,) = admit(made(closed=closed), [ask()], after(seconds))
     assert (refusal.reason if refusal else None) == reason
 
 
@@ -281,7 +291,7 @@ def test_no_window_has_more_than_the_limit_and_what_fits_is_let_in(
     )
     kept: list[tuple[str, str, datetime, int]] = []
     for number, batch in enumerate(batches):
-        now = NOW + timedelta(milliseconds=number)
+        now = after(8 + number / 1000)
         asked = [ask(who, (sku, units), at=at) for who, units, sku, at, _ in batch]
         refused = guard.judge(asked, now)
         counted = list(kept)  # what the batch itself admits counts, until it is settled
@@ -326,7 +336,7 @@ def test_a_judgement_costs_microseconds() -> None:
     for turn, batch in enumerate(batches):
         answers = {one.reservation_id: held(one) for one in batch}
         began = clock.thread_time()
-        guard.judge(batch, NOW + timedelta(milliseconds=turn))
+        guard.judge(batch, after(turn / 1000))
         guard.settle(answers)
         costs.append((clock.thread_time() - began) / len(batch))
     assert sorted(costs)[len(costs) // 2] < 50e-6
