@@ -4,8 +4,8 @@
                           ^                        |
                           +--settle(held)-- inventory          what was not held then is taken back
 
-* A subject is blocked from the start of its block up to, not including, its end. Time is business time: the order's,
-  or else now. A hash under any configured key is the subject.
+* A subject is blocked from the start of its block up to, not including, its end: orders of a time in it, and orders
+  that come in it. Time is business time: the order's, or else now. A hash under any configured key is the subject.
 * A limit lets a subject have `most` holds, or units of a SKU, in its window. What it has is what analytics tells
   (Usage), and what this pod has admitted and the usage does not name. The pod remembers an admission until analytics
   has come OWN_SECONDS past it, and then has told of it if it matters, or until it is older than every window. So on one
@@ -152,7 +152,7 @@ class Guard:
         for ask in asks:
             who = self._subjects.named(ask.customer_id, ask.device_id, ask.ip_address)
             time = min(ask.order_time or now, now)
-            refusal = self._blocked(who, time) or self._above(ask, who, time, now)
+            refusal = self._blocked(who, time, now) or self._above(ask, who, time, now)
             if refusal:
                 refused[ask.reservation_id] = refusal
         return refused
@@ -175,11 +175,11 @@ class Guard:
                     self._drop(counter, admission)
         self._counted = {}
 
-    def _blocked(self, who: Who, time: datetime) -> Refusal | None:
+    def _blocked(self, who: Who, time: datetime, now: datetime) -> Refusal | None:
         for kind, named in who.items():
             for subject in named.hashes:
                 block = self._blocks.get(subject)
-                if block and block.start <= time < block.end:
+                if block and (block.start <= time < block.end or block.start <= now < block.end):
                     message = f"the {kind.lower()} is blocked for a while"
                     return Refusal(Reason.SUBJECT_BLOCKED, message, subject_kind=kind, retry_time=_text(block.end))
         return None

@@ -66,11 +66,11 @@ def blocked(start: float, end: float, subject: str = "") -> Block:
 @pytest.mark.parametrize(
     ("now", "at", "refused"),
     [(-1, None, False), (0, None, True), (9.999, None, True), (10, None, False), (10, 9.999, True), (10, 0, True),
-     (10, -1, False)],
+     (10, -1, False), (5, -1, True)],
     ids=str,
 )  # fmt: skip
 def test_a_block_holds_from_its_start_up_to_its_end(now: float, at: float | None, refused: bool) -> None:
-    """By the order's time or, without one, now."""
+    """By the order's time, and by when it comes, whatever it says."""
     guard = made()
     guard.apply(blocked(0, 10), NOW)
     (refusal,) = admit(guard, [ask(at=at)], after(now))
