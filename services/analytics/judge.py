@@ -24,7 +24,7 @@ from hashlib import blake2b
 from typing import NamedTuple, TypeVar
 
 ORDER = "order:"  # before the id of a reservation without customer, which stands for itself
-PARTS = 60
+PARTS = 60  # of a window; events.proto says so, and the guard goes by it
 # Subjects of a window; about 50 MB for each rule when all of it is used, as by so many customers within minutes.
 SUBJECTS_MAX = 100_000
 OPEN_MAX = 300_000
@@ -611,7 +611,9 @@ class Judge:
         return Decision.REVIEW if score >= self._policy.review_score else None
 
     def _usages(self, known: _Known, signal: Signal) -> list[Usage]:
-        """What the subjects have used of limits, where it is half of one or more."""
+        """What the subjects have used of limits: of holds where it is half of one or more, as each is one; of units,
+        of which the next order may want all that is left, from the first.
+        """
         found = []
         for rule, window in self._limits:
             for kind, subject in known.named:
@@ -620,7 +622,8 @@ class Judge:
                 for sku in signal.skus if rule.feature is Feature.UNITS_OF_SKU else ("",):
                     counts = window.counts.get((subject, sku) if sku else (subject,))
                     parts = counts.last() if counts else ()
-                    if counts and 2 * sum(used for _, used in parts) >= rule.threshold:
+                    least = rule.threshold / 2 if rule.feature is Feature.HOLDS else 1
+                    if counts and sum(used for _, used in parts) >= least:
                         found.append(Usage(rule.rule_id, subject, sku, parts, tuple(counts.names or ())))
         return found
 

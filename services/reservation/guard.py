@@ -7,10 +7,11 @@
 * A subject is blocked from the start of its block up to, not including, its end: orders of a time in it, and orders
   that come in it. Time is business time: the order's, or else now. A hash under any configured key is the subject.
 * A limit lets a subject have `most` holds, or units of a SKU, in its window. What it has is what analytics tells
-  (Usage), and what this pod has admitted and the usage does not name. The pod remembers an admission until analytics
-  has come OWN_SECONDS past it, and then has told of it if it matters, or until it is older than every window. So on one
-  pod nothing gets past a limit, with analytics away or behind as well; over several pods a burst may, by what each
-  admits until analytics has told the others.
+  (Usage, which cuts the window into PARTS, and is exact to one), and what this pod has admitted and the usage has not.
+  A usage has those that it names and, once analytics has come OWN_SECONDS past it, an admission of a time that the
+  usage reaches. Analytics tells not every use, so the pod remembers what it admitted until that is older than every
+  window. So on one pod nothing gets past a limit, with analytics away or behind as well; over several pods a burst may,
+  by what each admits until analytics has told the others, which of holds it does from half of a limit on.
 * An order that says it is of later than now is of now, as it is to who judges.
 * An order whose time lies before others' counts them as well: no window anywhere holds more than `most`.
 * What is not heard of for `stale_seconds` is stale. Then a guard that is `closed` refuses everything, before the first
@@ -32,6 +33,7 @@ from services.reservation.subjects import Kind, Named, Subjects
 from shared.refusal import Refusal
 
 OWN_SECONDS = 10.0
+PARTS = 60  # of a window, in a Usage
 BLOCKS_MAX = 100_000
 USAGES_MAX = 100_000
 ADMISSIONS_MAX = 200_000
@@ -208,12 +210,25 @@ class Guard:
         for usage in told:
             room -= sum(used for leaves, used in usage.parts if leaves > time)
         own = self._own.get((named.hashes[0], sku))
-        if own is None or own.total <= room:
+        if room < 0 or own is None or own.total <= room:
             return room >= 0
-        for admission in _untold(own, told):
+        for admission in self._untold(own, told, limit, named):
             if admission.time > time - limit.window:
                 room -= admission.amount
         return room >= 0
+
+    def _untold(self, own: _Own, told: Sequence[Usage], limit: Limit, named: Named) -> list[_Admission]:
+        """The pod's own admissions that no usage has."""
+        names = frozenset().union(*(usage.reservation_ids for usage in told))
+        judged, since, until = self._complete_time - _OWN, _NEVER, _NEVER
+        for usage in told:
+            if usage.subject == named.hashes[0]:  # that of another key has what was admitted under that key
+                since, until = _reach(usage, limit.window)
+        return [
+            one
+            for name, one in own.admissions.items()
+            if name not in names and not (one.at <= judged and since <= one.time <= until)
+        ]
 
     def _told(self, limit: Limit, named: Named, sku: str) -> list[Usage]:
         """What analytics tells of a subject, under each of its hashes."""
@@ -227,7 +242,7 @@ class Guard:
         told = self._told(limit, named, sku)
         parts = [part for usage in told for part in usage.parts]
         own = self._own.get((named.hashes[0], sku), _Own())
-        parts += [(one.time + limit.window, one.amount) for one in _untold(own, told)]
+        parts += [(one.time + limit.window, one.amount) for one in self._untold(own, told, limit, named)]
         parts = sorted(part for part in parts if part[0] > time)
         seconds = round(limit.window.total_seconds())
         metadata = {"rule_id": limit.rule_id, "subject_kind": limit.by, "limit": limit.most, "window_seconds": seconds}
@@ -255,8 +270,8 @@ class Guard:
         self._counted.setdefault(name, []).append((counter, admission, amount))
 
     def _forget(self, now: datetime) -> None:
-        """Let go of admissions that are told of, too old, or too many."""
-        since = max(min(now, self._complete_time) - _OWN, now - self._longest)
+        """Let go of admissions that are too old, or too many."""
+        since = now - self._longest
         while self._recent and (self._recent[0][1].at <= since or len(self._recent) > ADMISSIONS_MAX):
             self._drop(*self._recent.popleft())
 
@@ -269,9 +284,13 @@ class Guard:
                 del self._own[counter]
 
 
-def _untold(own: _Own, told: Sequence[Usage]) -> list[_Admission]:
-    """The pod's own admissions that no usage has."""
-    return [one for name, one in own.admissions.items() if not any(name in usage.reservation_ids for usage in told)]
+def _reach(usage: Usage, window: timedelta) -> tuple[datetime, datetime]:
+    """From when until when a usage has everything that was judged: a later order of these times would be told at once.
+
+    Its newest part counts in full while that ends OWN_SECONDS later: an order is booked after it is admitted.
+    """
+    newest, part = usage.parts[-1][0] - window, window / PARTS
+    return newest - window + part, newest + max(part - _OWN, timedelta())
 
 
 def _make_room(table: dict[Any, Any], most: int, ended: Callable[[Any], bool]) -> None:

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from services.analytics import judge as analytics
 from services.reservation import guard as module
 from services.reservation.domain import Ask, Held, Line, Mode
 from services.reservation.guard import Block, Guard, Heartbeat, Limit, Usage
@@ -169,6 +170,122 @@ def test_admissions_that_analytics_tells_of_are_not_counted_twice() -> None:
     assert [refusal is None for refusal in admit(guard, [ask(), ask()], after(2))] == [True, False]
 
 
+class Pod:
+    """A guard with one limit, and the judge that it is told by, which is so many seconds behind."""
+
+    def __init__(self, limit: Limit, behind: float = 1) -> None:
+        self.guard = made(limit)
+        self._limit = limit
+        self._behind = timedelta(seconds=behind)
+        feature = analytics.Feature.UNITS_OF_SKU if limit.of_units else analytics.Feature.HOLDS
+        rule = analytics.Rule(
+            limit.rule_id, 1, feature, analytics.Kind(limit.by), limit.window.total_seconds(),
+            analytics.Comparison.AT_LEAST, limit.most, 0, 0, analytics.Effect.LIMIT, "because",
+        )  # fmt: skip
+        self._judge = analytics.Judge([rule], analytics.Policy(50, 100, 900))
+        self._waiting: list[tuple[datetime, analytics.Signal]] = []
+
+    def admit(self, asked: list[Ask], now: datetime) -> list[bool]:
+        """Who is let in, of a batch, after what analytics has come to by now was told."""
+        told = [signal for at, signal in self._waiting if at <= now - self._behind]
+        del self._waiting[: len(told)]
+        for signal in told:
+            for usage in self._judge.see(signal)[1]:
+                parts = tuple((datetime.fromtimestamp(leaves, UTC), used) for leaves, used in usage.parts)
+                heard = Usage(usage.rule_id, usage.subject, usage.sku, parts, frozenset(usage.reservation_ids))
+                self.guard.apply(heard, now)
+        self.guard.apply(Heartbeat(now - self._behind, (self._limit,)), now)
+        let_in = [refusal is None for refusal in admit(self.guard, asked, now)]
+        for one, is_in in zip(asked, let_in, strict=True):
+            if is_in:
+                at, units = min(one.order_time or now, now).timestamp(), one.lines[0].quantity
+                who = hashed(Kind.CUSTOMER, one.customer_id)
+                signal = analytics.Signal(
+                    at, at, one.reservation_id, 1, who, "", "", ("A",), (units,), (units,), units
+                )  # fmt: skip
+                self._waiting.append((now, signal))
+        return let_in
+
+
+OF_CUSTOMER = {
+    "holds": Limit("holds", of_units=False, by=Kind.CUSTOMER, window=MINUTE, most=30),
+    "units": Limit("units", of_units=True, by=Kind.CUSTOMER, window=MINUTE, most=30),
+}
+
+
+@pytest.mark.parametrize("limit", OF_CUSTOMER.values(), ids=OF_CUSTOMER)
+@given(st.lists(st.tuples(st.integers(0, 30), st.integers(1, 20), st.integers(1, 20)), max_size=20), st.integers(0, 15))
+def test_told_or_not_a_limit_is_kept(limit: Limit, bursts: list[tuple[int, int, int]], behind: int) -> None:
+    """Bursts with pauses between them, against a plain count: no window has more, but for the part of it in which
+    what is told leaves; and who is refused would have made it more.
+    """
+    pod, part = Pod(limit, behind), limit.window / analytics.PARTS
+    had: list[tuple[datetime, int]] = []
+    now = NOW
+    for pause, orders, units in bursts:
+        now += timedelta(seconds=pause)
+        asked = [ask("ann", ("A", units)) for _ in range(orders)]
+        amount = units if limit.of_units else 1
+        for is_in in pod.admit(asked, now):
+            surely, maybe = (
+                sum(used for at, used in had if at > now - length) for length in (limit.window - part, limit.window)
+            )
+            if is_in:
+                assert surely + amount <= limit.most
+                had.append((now, amount))
+            else:
+                assert maybe + amount > limit.most
+
+
+def test_what_analytics_does_not_tell_counts_as_long_as_the_window() -> None:
+    """Holds below half of a limit, which it has judged and keeps to itself, and a burst after them."""
+    pod = Pod(OF_CUSTOMER["holds"])
+    assert all(pod.admit([ask() for _ in range(14)], NOW))
+    assert pod.admit([ask() for _ in range(40)], after(15)).count(True) == 16
+    assert pod.admit([ask() for _ in range(40)], after(30)).count(True) == 0
+    assert pod.admit([ask() for _ in range(40)], after(61)).count(True) == 14
+
+
+def test_an_order_for_all_that_is_left_is_refused_when_it_is_not_left() -> None:
+    """Of a limit on units a day; another pod has heard of the first order as well."""
+    limit = Limit("units", of_units=True, by=Kind.CUSTOMER, window=timedelta(days=1), most=10)
+    pod = Pod(limit)
+    assert pod.admit([ask("ann", ("A", 4))], NOW) == [True]
+    assert pod.admit([ask("ann", ("A", 10)), ask("ann", ("A", 6))], after(15)) == [False, True]
+    assert pod.admit([ask("ann", ("A", 1))], after(30)) == [False]
+    other = made(limit)
+    for heard in pod.guard._usages.values():
+        other.apply(heard, NOW)
+    assert admit(other, [ask("ann", ("A", 10))], after(30))[0]
+
+
+def test_orders_of_the_future_among_others_keep_to_the_limit() -> None:
+    """Every fortieth says that it is of nearly five minutes later."""
+    pod = Pod(OF_CUSTOMER["holds"])
+    let_in = [pod.admit([ask(at=n / 10 + 290 * (n % 40 == 39))], after(n / 10)) for n in range(580)]
+    assert let_in.count([True]) == 30
+
+
+def test_more_admissions_than_a_usage_names_count_once() -> None:
+    """Those of a time that the usage reaches are in it, once analytics has come past them."""
+    assert module.PARTS == analytics.PARTS
+    pod = Pod(Limit("holds", of_units=False, by=Kind.CUSTOMER, window=timedelta(hours=1), most=1_000))
+    assert [pod.admit([ask() for _ in range(100)], after(n)).count(True) for n in range(5)] == [100] * 5
+    assert pod.admit([ask() for _ in range(600)], after(20)).count(True) == 500
+    assert pod.admit([ask()], after(59)) == [False]
+
+
+@pytest.mark.parametrize("subjects", [SUBJECTS, OLD_ALONE], ids=["new key", "old key"])
+def test_a_usage_under_another_key_has_none_of_what_was_admitted(subjects: Subjects) -> None:
+    """What it reaches was admitted under its key: by pods that do not have the new one yet."""
+    guard = made(HOLDS)
+    admit(guard, [ask(), ask()])
+    who = hashed(Kind.CUSTOMER, "ann", subjects)
+    guard.apply(usage(((after(55 + 60), 1),), subject=who), after(56))
+    guard.apply(Heartbeat(after(56), (HOLDS,)), after(56))
+    assert (admit(guard, [ask()], after(57))[0] is None) == (subjects is SUBJECTS)
+
+
 @given(st.lists(st.integers(0, 7), max_size=20), st.integers(0, 12))
 def test_no_pod_passes_a_limit_whatever_analytics_tells_when(told: list[int], late: int) -> None:
     """Of one pod's holds analytics tells any, in any order and late; the pod lets in exactly the limit."""
@@ -208,20 +325,20 @@ def test_an_order_from_the_future_is_of_now(ahead: float) -> None:
     assert admit(guard, [ask("bob", at=ahead)])[0]
 
 
-def test_own_admissions_are_forgotten_when_analytics_has_told() -> None:
-    """When it has come OWN_SECONDS past them; while it is away, when they are older than every window."""
+def test_own_admissions_count_until_analytics_has_told_or_they_are_too_old() -> None:
+    """When it has come OWN_SECONDS past them and tells of a later time; while it does not, as long as every window."""
     guard = made(HOLDS)
-    admit(guard, [ask(at=0) for _ in range(3)])
+    admit(guard, [ask() for _ in range(3)])
     later = after(module.OWN_SECONDS)
-    assert admit(guard, [ask(at=0)], later)[0]
+    guard.apply(usage(((later + MINUTE, 1),)), later)
     guard.apply(Heartbeat(later - timedelta(seconds=1), (HOLDS,)), later)
-    assert admit(guard, [ask(at=0)], later)[0]
+    assert admit(guard, [ask()], later)[0]
     guard.apply(Heartbeat(later, (HOLDS,)), later)
-    assert admit(guard, [ask(at=0)], later) == [None]
-    later += MINUTE
-    assert admit(guard, [ask(at=0)], later) == [None]
-    assert guard._own.keys() == {(hashed(Kind.CUSTOMER, "ann"), "")}
-    assert len(guard._recent) == 1
+    assert admit(guard, [ask()], later) == [None]
+    guard.apply(usage(()), later)
+    assert admit(guard, [ask()], after(59.999))[0]
+    assert admit(guard, [ask()], after(60)) == [None]
+    assert len(guard._own[hashed(Kind.CUSTOMER, "ann"), ""].admissions) == len(guard._recent) == 2
 
 
 @pytest.mark.parametrize(

@@ -261,12 +261,19 @@ def test_a_shadow_stands_in_for_the_deciding_version() -> None:
     assert not found.shadow
 
 
-def test_limits_are_told_from_half_of_them_on() -> None:
+def test_limits_on_holds_are_told_from_half_of_them_on() -> None:
     """With the parts that leave the window one after the other."""
     judge = Judge([rule(Feature.HOLDS, Kind.CUSTOMER, 4, effect=Effect.LIMIT, score=0)], POLICY)
     assert judge.see(ask("1", 0.5)) == ([], [])
     _, (usage,) = judge.see(ask("2", 10.5))
     assert (usage.subject, usage.parts, usage.reservation_ids) == ("c", ((60, 1), (70, 1)), ("1", "2"))
+
+
+def test_units_of_a_limit_are_told_from_the_first() -> None:
+    """The next order may be for all of it."""
+    judge = Judge([rule(Feature.UNITS_OF_SKU, Kind.CUSTOMER, 10, effect=Effect.LIMIT, score=0)], POLICY)
+    _, (usage,) = judge.see(ask("1", 0.5))
+    assert (usage.sku, usage.parts) == ("A", ((60, 1),))
 
 
 def test_a_late_order_makes_no_usage_smaller() -> None:
