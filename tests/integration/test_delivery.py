@@ -6,6 +6,7 @@ import hashlib
 import hmac
 import json
 import logging
+import os
 import time
 from collections import Counter, defaultdict, deque
 from collections.abc import AsyncIterator, Sequence
@@ -35,6 +36,7 @@ from shared.database import Database
 from shared.refusal import Refusal
 from tests.integration.test_alerts import Shelf, rows
 
+NOSTR_KEY = "01" * 32
 SECONDS_MAX = 15  # for what must come at all
 SECRET = "whsec_" + base64.b64encode(b"a key of thirty-two bytes, no less"[:32]).decode()
 # Where senders run by themselves. Otherwise what has failed waits until a test says that it is due.
@@ -397,11 +399,17 @@ async def test_what_asks_for_time_gets_it(post: Post) -> None:
     await post.tell(100)
     await post.dispatch()
     date = (datetime.now(UTC) + timedelta(seconds=300)).strftime("%a, %d %b %Y %H:%M:%S GMT")
-    for asked, least, most in (("120", 100, 120), (date, 250, 300), ("86400", 850, 900), ("soon", -1, 1)):
+    odd = ("soon", "Mon, 99999999999999999999 Jan 2026 00:00:00 GMT", "Thu, 01 Jan 2026 00:00:00 +99999999999999")
+    for asked, least, most in (
+        ("120", 100, 120),
+        (date, 250, 300),
+        ("86400", 850, 900),
+        *((one, -1, 1) for one in odd),
+    ):
         post.server.plan("hook", (429, {"Retry-After": asked}))
         assert await post.send() == ["HTTP_429"]
         assert least < await post.spared_seconds() <= most
-        assert asked == "soon" or await post.send() == []
+        assert asked in odd or await post.send() == []
         await post.circuits_end()
         await post.now_due()
     assert await post.send() == [""]
@@ -813,6 +821,25 @@ async def test_files_have_a_line_for_each_message(post: Post) -> None:
         await post.subscribe("bad", file=pb.FileChannel(name="../alerts"))
 
 
+async def test_a_line_that_is_not_written_whole_has_not_been_taken(post: Post, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a disk that is full; what comes afterwards is a line of its own."""
+    await post.subscribe(file=pb.FileChannel(name="alerts"))
+    await post.tell(100)
+    await post.dispatch()
+    with monkeypatch.context() as patch:
+        write = os.write
+        patch.setattr(os, "write", lambda file, content: write(file, content[:5]))
+        assert await post.send() == ["OSError"]
+    (waiting,) = await post.deliveries()
+    assert waiting.state == pb.DELIVERY_STATE_PENDING
+    await post.circuits_end()
+    await post.now_due()
+    assert await post.send() == [""]
+    cut, line = (post.directory / "alerts.jsonl").read_text().splitlines()
+    assert line.startswith(cut)
+    assert json.loads(line)["id"] == waiting.delivery_id
+
+
 # -- what must not be reached or seen
 
 
@@ -921,10 +948,18 @@ async def test_what_is_critical_overtakes_what_waits(post: Post) -> None:
         " syslog://",
         "blink1://",
         "json://example.com/\0x",
+        f"nostr://{NOSTR_KEY}/?relay=ws://127.0.0.1:6379/",
+        f"nostr://{NOSTR_KEY}/?a=note;relay=ws://127.0.0.1:6379/",
+        f"nostr://{NOSTR_KEY}/?%20relay=ws://127.0.0.1:6379/",
+        f"nostr://{NOSTR_KEY}/#?relay=ws://127.0.0.1:6379/",
+        f"nostr://{NOSTR_KEY}/?blossom=http://127.0.0.1:6379/",
+        "vapid://user@example.com/x?a=b;keyfile=/etc/passwd",
+        "slack://[abc",
+        "json://u:p@[swordfish]/",
     ],
 )
 async def test_apprise_urls_that_would_read_what_is_not_theirs(post: Post, url: str) -> None:
-    """Files of the machine, what only the machine can fetch, its own logs: refused."""
+    """Files of the machine, what only the machine can fetch, its own logs, and what is no URL: refused."""
     with pytest.raises(Refusal) as refused:
         await post.api.CreateSubscription(
             pb.CreateSubscriptionRequest(

@@ -10,9 +10,9 @@ import re
 from collections.abc import Callable
 from contextlib import suppress
 from typing import Any
-from urllib.parse import parse_qsl, urlsplit
 
 import apprise
+from apprise.utils.parse import parse_url
 
 from services.analytics.alerting import Outcome
 from services.analytics.channels import BadConfigError, Config, Described, Message
@@ -24,7 +24,7 @@ URL_CHARACTERS_MAX = 2_000
 LOCAL = frozenset({"blink1", "dbus", "glib", "gnome", "kde", "macosx", "qt", "syslog", "windows"})
 # Arguments that name files of this machine, or what it is to fetch or connect to.
 READING = frozenset(
-    {"attach", "cert", "image", "keyfile", "pgpkey", "pgpkeys", "proxy", "relay", "subfile", "template"}
+    {"attach", "blossom", "cert", "image", "keyfile", "pgpkey", "pgpkeys", "proxy", "relay", "subfile", "template"}
 )
 # Their own logs would hold URLs, and what targets answer.
 for _name in ("apprise", "urllib3"):
@@ -44,12 +44,7 @@ class Apprise:
         url = config["url"]
         scheme = url.partition("://")[0]
         service = self._service(url)
-        if (
-            len(url) > URL_CHARACTERS_MAX
-            or not re.fullmatch(r"[a-z0-9]+", scheme)
-            or scheme in LOCAL
-            or service is None
-        ):
+        if not re.fullmatch(r"[a-z0-9]+", scheme) or scheme in LOCAL or service is None:
             raise BadConfigError("url", "must be a URL of a remote service, as Apprise writes it")
         return Described(url, f"{scheme}://")
 
@@ -93,8 +88,11 @@ class Apprise:
 
     def _service(self, url: str) -> Any:
         """The service of a URL; None of one that is none, or that would read files or fetch what the URL says."""
-        arguments = {name.lower() for name, _ in parse_qsl(urlsplit(url).query, keep_blank_values=True)}
-        if not url.isascii() or not url.isprintable() or arguments & READING:
+        if len(url) > URL_CHARACTERS_MAX or not url.isascii() or not url.isprintable():
+            return None
+        # By Apprise's own parser: it finds arguments where others see none, after a semicolon or a fragment.
+        parsed = parse_url(url, verify_host=False)  # type: ignore[no-untyped-call]
+        if not parsed or parsed["qsd"].keys() & READING:
             return None
         service = apprise.Apprise.instantiate(url, suppress_exceptions=True)
         if service is None:

@@ -1,5 +1,6 @@
 """Files of JSON lines, for trying things out and for programs that watch a file."""
 
+import errno
 import os
 import re
 from pathlib import Path
@@ -38,8 +39,13 @@ class File:
     def _append(self, name: str, line: str) -> None:
         directory = Path(self._directory)
         directory.mkdir(parents=True, exist_ok=True)
-        file = os.open(directory / f"{name}.jsonl", os.O_WRONLY | os.O_APPEND | os.O_CREAT, 0o640)
+        content = line.encode()
+        file = os.open(directory / f"{name}.jsonl", os.O_RDWR | os.O_APPEND | os.O_CREAT, 0o640)
         try:
-            os.write(file, line.encode())
+            length = os.fstat(file).st_size
+            if length and os.pread(file, 1, length - 1) != b"\n":  # the disk was full in the midst of a line
+                content = b"\n" + content
+            if os.write(file, content) < len(content):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         finally:
             os.close(file)

@@ -53,7 +53,7 @@ class Webhook:
             async with self._client().post(
                 url, data=body, headers=headers(config["secret"], message.key, body), allow_redirects=False
             ) as response:
-                status, after = response.status, _seconds(response.headers.get("Retry-After", ""))
+                status, after = response.status, response.headers.get("Retry-After", "")
                 response.close()
         except aiohttp.ClientConnectorDNSError:
             return Outcome("NAME_NOT_FOUND")
@@ -69,7 +69,7 @@ class Webhook:
             return Outcome(status=status)
         # 3xx and most of 4xx say that this request will never do; 410 as well, that nobody is there any more.
         permanent = status // 100 in {3, 4} and status not in RETRIED_4XX
-        return Outcome(f"HTTP_{status}", status, permanent, after if status in {429, 503} else None)
+        return Outcome(f"HTTP_{status}", status, permanent, _seconds(after) if status in {429, 503} else None)
 
     async def close(self) -> None:
         if self._session:
@@ -117,6 +117,6 @@ def _seconds(retry_after: str) -> float | None:
         return float(retry_after[:9])
     try:
         until = parsedate_to_datetime(retry_after)
-    except ValueError:
+        return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
+    except (ValueError, OverflowError):
         return None
-    return max(0.0, (until.replace(tzinfo=until.tzinfo or UTC) - datetime.now(UTC)).total_seconds())
