@@ -102,7 +102,7 @@ def _parse(contents: Sequence[bytes]) -> Keys:
     """The keys that can verify; a set may hold others, for encryption or of algorithms that will not do."""
     try:
         found = [key for one in json.loads(contents[0])["keys"] if (key := _key(one))]
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError):
         raise ValueError("must be a JSON Web Key Set") from None
     keys = {key.key_id or "": key for key in found}
     if not keys or len(keys) != len(found):

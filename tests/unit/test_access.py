@@ -296,8 +296,9 @@ def test_a_remembered_token_ends_with_its_time_and_with_its_key(keys: Path, monk
     with pytest.raises(InvalidTokenError):
         verifier.verify(token)
     verifier.verify(signed("EdDSA"))
-    keys.write_text("half of it {")
-    verifier.verify(signed("RS256"))
+    for other in ("half of it {", '["keys"]', '{"keys": ["kid"]}', '{"keys": [null]}'):
+        keys.write_text(other)
+        verifier.verify(signed("RS256"))
 
 
 def test_a_token_counts_and_the_certificate_behind_it_does_not(verifier: Tokens) -> None:
