@@ -320,7 +320,8 @@ class _Known:
     order_at: float
     subjects: tuple[tuple[Kind, str], ...]
     skus: tuple[str, ...]
-    open: int
+    asked: int
+    open: int = 0
     sold: int = 0
     cancelled: int = 0
     expired: int = 0
@@ -407,7 +408,7 @@ class Judge:
         at = signal.order_at
         held = sum(signal.held)
         people = _people(signal)
-        known = _Known(signal.version, at, people, signal.skus, 0)
+        known = _Known(signal.version, at, people, signal.skus, sum(signal.asked))
         quantity = self._quantity(signal)
         first = self._first_order(signal)
         basket = _basket(signal)
@@ -422,8 +423,7 @@ class Judge:
                     window.count(sku, sku).add(at, units)
         self._book(signal, known)
         order = {Feature.QUANTITY_Z: quantity, Feature.FIRST_ORDER_Z: (first, "")}
-        units = sum(signal.asked)
-        findings = self._findings(known, signal, at, units, order, basket)
+        findings = self._findings(known, signal, at, order, basket)
         return findings, self._usages(known, signal) if held else []
 
     def _count_order(  # noqa: C901 - a case for each feature
@@ -455,13 +455,13 @@ class Judge:
             return []
         known.version = signal.version
         lost, undone = self._book(signal, known)
-        return self._findings(known, signal, signal.at, known.open, {}, "") if lost or undone else []
+        return self._findings(known, signal, signal.at, {}, "") if lost or undone else []
 
     def _returned(self, signal: Signal) -> list[Finding]:
         known = self._known(signal.reservation_id)
         if known is None or not self._undo(known, signal.at):
             return []
-        return self._findings(known, signal, signal.at, signal.returned, {}, "")
+        return self._findings(known, signal, signal.at, {}, "")
 
     def _book(self, signal: Signal, known: _Known) -> tuple[bool, bool]:
         """Take over a reservation's quantities; whether it is lost now, and whether something sold was undone."""
@@ -499,8 +499,9 @@ class Judge:
     def _give_back(self, known: _Known, units: int) -> None:
         for kind, subject in known.named if units else ():
             for window in self._windows[kind]:
-                if window.feature is Feature.UNITS_OPEN:
-                    window.count(subject).add(known.order_at, -units)
+                # Of a subject that was forgotten meanwhile its holds were as well.
+                if window.feature is Feature.UNITS_OPEN and (counts := window.counts.get((subject,))):
+                    counts.add(known.order_at, -units)
 
     def _undo(self, known: _Known, at: float) -> bool:
         if known.undone or not known.sold_at:
@@ -539,7 +540,6 @@ class Judge:
         known: _Known,
         signal: Signal,
         at: float,
-        units: int,
         order: dict[Feature, tuple[float, str]],
         basket: str,
     ) -> list[Finding]:
@@ -551,7 +551,7 @@ class Judge:
                 if value is not None and _fires(rule, value):
                     fired.append((rule, _fired(rule, value, sku, signal.reservation_id)))
             if fired:
-                found += self._decide(kind, subject, fired, at, signal.reservation_id, units)
+                found += self._decide(kind, subject, fired, at, signal.reservation_id, known.asked)
         return found
 
     def _value(

@@ -295,6 +295,31 @@ def test_what_is_forgotten_holds_nothing_any_more(monkeypatch: pytest.MonkeyPatc
     assert found.fired[0].value == 4
 
 
+def test_a_forgotten_subject_has_nothing_to_give_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its holds were forgotten with it; less than nothing open would make room for as much."""
+    monkeypatch.setattr(module, "SUBJECTS_MAX", 2)
+    judge = Judge([rule(Feature.UNITS_OPEN, Kind.CUSTOMER, 4)], POLICY)
+    last(judge, [ask("1", units=3), *(ask(name, customer=name) for name in "xy"), end("1", 1, expired=3)])
+    (found,) = last(judge, [ask("2", 2, units=4)])
+    assert found.fired[0].value == 4
+
+
+@pytest.mark.parametrize(
+    ("feature", "ended"),
+    [
+        (Feature.LOST_SHARE, [end("1", 1, expired=2)]),
+        (Feature.UNDONE, [end("1", 1, sold=2), end("1", 2, 3, sold=2, cancelled=1)]),
+        (Feature.UNDONE, [end("1", 1, sold=2), Signal(2, 2, "1", 0, "", "", "", returned=1)]),
+    ],
+    ids=["lost", "cancelled", "returned"],
+)
+def test_the_units_of_a_case_are_those_asked_for(feature: Feature, ended: list[Signal]) -> None:
+    """Whenever it is opened: with the order, or with what has become of it."""
+    asked = ask("1", units=5, held=False)._replace(held=(2,), open=2)
+    (found,) = last(Judge([rule(feature, Kind.CUSTOMER, 1)], POLICY), [asked, *ended])
+    assert found.units == 5
+
+
 def test_one_window_does_not_crowd_out_another(monkeypatch: pytest.MonkeyPatch) -> None:
     """An order of many SKUs floods the windows by SKU, and those alone."""
     monkeypatch.setattr(module, "SUBJECTS_MAX", 10)
