@@ -37,6 +37,7 @@ class _Refused:
     """A reservation that a block would have refused."""
 
     units: int
+    asked: int
     open: int
     sold: int = 0
     currency_code: str = ""
@@ -75,7 +76,11 @@ class Trial:
         spans = (self._blocked.get(subject) for subject in (signal.customer, signal.device, signal.network))
         if units and any(span and span[0] < at < span[1] for span in spans):
             self._refused[signal.reservation_id] = _Refused(
-                units, signal.open, currency_code=signal.currency_code, value_micros=signal.value_micros
+                units,
+                sum(signal.asked),
+                signal.open,
+                currency_code=signal.currency_code,
+                value_micros=signal.value_micros,
             )
 
     def outcome(self) -> Outcome:
@@ -87,7 +92,7 @@ class Trial:
         outcome.sales_blocked, outcome.units_blocked = len(sold), sum(one.sold for one in sold)
         outcome.value_blocked = Counter()
         for one in sold:
-            outcome.value_blocked[one.currency_code] += one.value_micros * one.sold // max(one.units, one.sold)
+            outcome.value_blocked[one.currency_code] += one.value_micros * one.sold // max(one.asked, one.sold)
         return outcome
 
 

@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from services.analytics import judge as module
+from services.analytics.backtest import Trial
 from services.analytics.judge import (
     DISTINCT_MAX,
     PARTS,
@@ -353,3 +354,13 @@ def test_a_case_opens_once_and_grows(found: list[tuple[float, bool, int]]) -> No
     assert case.rules["r", 1].value == max(value for _, _, value in found)
     assert case.decision is (Decision.BLOCK if any(is_block for _, is_block, _ in found) else Decision.REVIEW)
     assert case.updated_at == max(at for at, _, _ in found)
+
+
+def test_sales_that_a_block_would_have_cost_are_worth_what_was_sold() -> None:
+    """Of an order that was held in part: its value is that of all that was asked for."""
+    trial = Trial([rule(Feature.HOLDS, Kind.NETWORK, 1, score=100)], POLICY, 0)
+    part = ask("2", 1, units=4)._replace(held=(2,), open=2, currency_code="GBP", value_micros=400)
+    for signal in (ask("1"), part, end("2", 2, sold=2)):
+        trial.see(signal)
+    outcome = trial.outcome()
+    assert (outcome.sales_blocked, outcome.units_blocked, outcome.value_blocked) == (1, 2, {"GBP": 200})
