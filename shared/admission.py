@@ -6,8 +6,10 @@ look into a set (`shared.access`). Without TLS, on loopback, everybody may call 
 by their address.
 
 Each caller has a bucket of calls that fills by `calls_per_second_max` and holds a second's worth (at least one), and
-a number of calls in flight. Refusing takes a fraction of what a call takes, so that a flood of one leaves room for
-others. Buckets are a pod's own. CALLERS_MAX are kept; the one longest unused is forgotten, and starts anew.
+a number of calls in flight. A token's subject has one of each, whichever roles its tokens name: those decide by token
+what it may call, and how fast the bucket fills. Refusing takes a fraction of what a call takes, so that a flood of one
+leaves room for others. Buckets are a pod's own. CALLERS_MAX are kept; the one longest unused is forgotten, and starts
+anew.
 """
 
 import time
@@ -19,6 +21,7 @@ from shared.refusal import Refusal
 from shared.tokens import InvalidTokenError, Token, Tokens
 
 CALLERS_MAX = 10_000
+RIGHTS_MAX = 10  # remembered of a caller, by the roles that its tokens name
 BUSY_RETRY_SECONDS = 0.1
 BEARER = "bearer "
 NAMES_KEY, COMMON_NAME_KEY = "x509_subject_alternative_name", "x509_common_name"
@@ -33,21 +36,29 @@ class Context(Protocol):
 
 
 class Caller:
-    """One caller's rights (None: everything), and what it has taken of its limits."""
+    """What one caller has taken of its limits, and its rights by what its tokens name."""
 
-    __slots__ = ("_calls", "_in_flight", "_limits", "_paid_until")
+    __slots__ = ("_in_flight", "_paid_until", "_rights")
 
-    def __init__(self, rights: Rights | None, limits: Limits, now: float) -> None:
-        self._calls = rights.calls if rights else None
-        self._limits = limits
+    def __init__(self, now: float) -> None:
+        self._rights: dict[tuple[str, ...], Rights] = {}
         self._paid_until = now  # each call moves it on by its share of a second; at most a second ahead
         self._in_flight = 0
 
-    def enter(self, method: str, now: float) -> None:
-        """Begin a call, to be followed by leave(). Raises Refusal."""
-        if self._calls is not None and method not in self._calls:
+    def rights(self, roles: tuple[str, ...], find: Callable[[], Rights]) -> Rights:
+        """What it may by those roles; found once."""
+        rights = self._rights.get(roles)
+        if rights is None:
+            if len(self._rights) >= RIGHTS_MAX:
+                self._rights.clear()
+            rights = self._rights[roles] = find()
+        return rights
+
+    def enter(self, method: str, rights: Rights | None, limits: Limits, now: float) -> None:
+        """Begin a call by some rights (None: everything), to be followed by leave(). Raises Refusal."""
+        if rights is not None and method not in rights.calls:
             raise Refusal("CALLER_FORBIDDEN", "the caller may not call this", method=method.removeprefix("/"))
-        rate, in_flight_max = self._limits.calls_per_second_max, self._limits.in_flight_calls_max
+        rate, in_flight_max = limits.calls_per_second_max, limits.in_flight_calls_max
         if in_flight_max and self._in_flight >= in_flight_max:
             raise _over("in_flight_calls_max", in_flight_max, BUSY_RETRY_SECONDS)
         if rate:
@@ -105,22 +116,24 @@ class Admission:
 
     def enter(self, method: str, context: Context) -> Caller:
         """Who calls, let in; to be left. Raises Refusal."""
-        caller = self._caller(context)
-        caller.enter(method, self._now())
+        caller, rights = self._caller(context)
+        caller.enter(method, rights, rights.limits if rights else self._limits, self._now())
         return caller
 
-    def _caller(self, context: Context) -> Caller:
+    def _caller(self, context: Context) -> tuple[Caller, Rights | None]:
         if self._access is None:
-            return self._known(("peer", context.peer().rpartition(":")[0]), lambda: None)
+            return self._known(("peer", context.peer().rpartition(":")[0])), None
         access = self._access
         if token := self._token(context):
             subject, roles = token.subject, token.roles
-            return self._known(("token", subject, roles), lambda: access.of_token(subject, roles))
+            caller = self._known(("token", subject))
+            return caller, caller.rights(roles, lambda: access.of_token(subject, roles))
         proof = context.auth_context()
         raw = tuple(proof.get(NAMES_KEY, ())) or tuple(proof.get(COMMON_NAME_KEY, ()))
         if not raw:
             raise _unknown("no certificate and no token says who calls")
-        return self._known(raw, lambda: access.of_certificate(name.decode(errors="replace") for name in raw))
+        caller = self._known(raw)
+        return caller, caller.rights((), lambda: access.of_certificate(name.decode(errors="replace") for name in raw))
 
     def _token(self, context: Context) -> Token | None:
         shown = [value for key, value in context.invocation_metadata() or () if key == "authorization"]
@@ -134,12 +147,11 @@ class Admission:
         except InvalidTokenError:
             raise _unknown("the token is not valid") from None
 
-    def _known(self, who: object, rights: Callable[[], Rights | None]) -> Caller:
+    def _known(self, who: object) -> Caller:
         """The caller of that name, as the one used last."""
         caller = self._callers.pop(who, None)
         if caller is None:
-            found = rights()
-            caller = Caller(found, found.limits if found else self._limits, self._now())
+            caller = Caller(self._now())
             if len(self._callers) >= CALLERS_MAX:
                 del self._callers[next(iter(self._callers))]
         self._callers[who] = caller

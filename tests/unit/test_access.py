@@ -23,7 +23,7 @@ from services.inventory.settings import Settings
 from services.reservation.inventory import _unreachable
 from shared import files, tls, tokens
 from shared.access import Access, Limits, Table, calls, read
-from shared.admission import CALLERS_MAX, Admission
+from shared.admission import CALLERS_MAX, RIGHTS_MAX, Admission, Caller
 from shared.errors import DETAILS_KEY
 from shared.refusal import Refusal
 from shared.settings import load, loopback
@@ -325,6 +325,32 @@ def test_a_token_counts_and_the_certificate_behind_it_does_not(verifier: Tokens)
         assert refused(partial(admission.enter, PLACE, call)).reason == "CALLER_FORBIDDEN"
     unknown = refused(lambda: admission.enter(PLACE, Call("gateway", token=signed(aud="x"))))
     assert (unknown.reason, unknown.message) == ("CALLER_UNKNOWN", "the token is not valid")
+
+
+def test_a_subject_has_one_bucket_whatever_its_tokens_name_and_each_has_its_own_rights(verifier: Tokens) -> None:
+    """More roles, or the same in another order, are no more calls; and no token has the rights of another."""
+    shop = {"calls": [RESERVE], "tokens": True, "calls_per_second_max": 2, "in_flight_calls_max": 2}
+    place = {"calls": [PLACE.removeprefix("/")], "tokens": True, "calls_per_second_max": 2, "in_flight_calls_max": 2}
+    now = 100.0
+    admission = Admission(table(shop=shop, place=place), verifier, Limits(), lambda: now)
+
+    def enter(method: str, scope: str, **more: Any) -> Caller:
+        return admission.enter(method, Call("gateway", token=signed(scope=scope, **more)))
+
+    first, _ = enter(f"/{RESERVE}", "shop a"), enter(f"/{RESERVE}", "a shop")
+    for scope in ("shop b", "shop place", "shop a"):
+        over = refused(partial(enter, f"/{RESERVE}", scope))
+        assert (over.reason, over.metadata["limit"]) == ("CALLER_OVER_LIMIT", "in_flight_calls_max")
+    enter(f"/{RESERVE}", "shop", sub="another")
+    first.leave()
+    assert refused(partial(enter, f"/{RESERVE}", "shop b")).metadata["limit"] == "calls_per_second_max"
+    now += 1
+    enter(PLACE, "shop place").leave()
+    for scope in ("shop", "shop a", "nothing", *map(str, range(RIGHTS_MAX))):
+        assert refused(partial(enter, PLACE, scope)).reason == "CALLER_FORBIDDEN"
+    enter(PLACE, "place shop")
+    assert len(admission._callers) == 2
+    assert all(len(caller._rights) <= RIGHTS_MAX for caller in admission._callers.values())
 
 
 # -- files and settings -----------------------------------------------------------------------------------------------
