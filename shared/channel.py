@@ -92,6 +92,16 @@ def options(target: str) -> list[tuple[str, Any]]:
     return made
 
 
+class _UnaryUnary(grpc.aio.UnaryUnaryMultiCallable):  # type: ignore[type-arg] # not generic at run time
+    """A unary call by its kind, which is what `shared.telemetry` knows those by that it traces."""
+
+    def __init__(self, call: Callable[..., Any]) -> None:
+        self._call = call
+
+    def __call__(self, *arguments: Any, **more: Any) -> Any:
+        return self._call(*arguments, **more)
+
+
 class _SecureChannel(grpc.aio.Channel):
     """The channel with the certificates in force. One that was replaced is closed when its calls have ended."""
 
@@ -103,7 +113,7 @@ class _SecureChannel(grpc.aio.Channel):
         self._replaced: dict[grpc.aio.Channel, asyncio.Task[None]] = {}
 
     def unary_unary(self, *method: Any, **more: Any) -> Any:
-        return self._method(lambda channel: channel.unary_unary(*method, **more))
+        return _UnaryUnary(self._method(lambda channel: channel.unary_unary(*method, **more)))
 
     def unary_stream(self, *method: Any, **more: Any) -> Any:
         return self._method(lambda channel: channel.unary_stream(*method, **more))

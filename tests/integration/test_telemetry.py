@@ -5,6 +5,7 @@ import secrets
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
+from pathlib import Path
 from typing import Any
 
 import grpc
@@ -13,10 +14,12 @@ import structlog
 from holdfast.inventory.v1 import inventory_pb2 as pb
 from holdfast.inventory.v1 import inventory_pb2_grpc
 
+from deploy.local.certificates import Authority
 from deploy.local.stack import free_port
 from services.inventory.servicer import ERRORS
-from shared import logs, metrics, server, telemetry
+from shared import logs, metrics, server, telemetry, tls
 from shared.batching import Batcher
+from shared.channel import open_channel
 from shared.refusal import Refusal
 from shared.settings import Settings
 from tests.collector import Collector, collecting
@@ -48,8 +51,10 @@ class Shop(inventory_pb2_grpc.InventoryServiceServicer):
 
 
 @asynccontextmanager
-async def shop(endpoint: str, ratio: float = 0.0, served: Shop | None = None) -> AsyncIterator[Any]:
-    """A stub of a server that exports to `endpoint`."""
+async def shop(
+    endpoint: str, ratio: float = 0.0, served: Shop | None = None, certificates: str = ""
+) -> AsyncIterator[Any]:
+    """A stub of a server that exports to `endpoint`; both show the certificates of a directory, if there is one."""
     servicer = served or Shop()  # type: ignore[abstract] # one call
     settings = Settings(
         database_dsn="postgresql://nobody@localhost/nothing",
@@ -63,11 +68,13 @@ async def shop(endpoint: str, ratio: float = 0.0, served: Shop | None = None) ->
         inventory_pb2_grpc.add_InventoryServiceServicer_to_server(servicer, target)
 
     (running, *_), _, _ = server.build(settings, ERRORS, register, [])
-    port = running.add_insecure_port("127.0.0.1:0")
+    credentials = tls.server_credentials(tls.watch(certificates)) if certificates else None
+    listen = "127.0.0.1:0"
+    port = running.add_secure_port(listen, credentials) if credentials else running.add_insecure_port(listen)
     async with telemetry.exporting(settings, "shop"):
         await running.start()
         try:
-            async with grpc.aio.insecure_channel(f"127.0.0.1:{port}") as channel:
+            async with open_channel(f"ipv4:127.0.0.1:{port}", certificates) as channel:
                 yield inventory_pb2_grpc.InventoryServiceStub(channel)
         finally:
             await running.stop(0)
@@ -116,6 +123,19 @@ async def test_the_ratio_is_of_those_who_have_not_decided(collector: Collector) 
     calls = [span for span in collector.spans if span.name == GET]
     assert len({span.trace for span in calls}) == len(calls) == 3
     assert {span.parent for span in calls} == {""}
+
+
+@pytest.mark.parametrize("encrypted", [False, True])
+async def test_a_trace_leads_on_to_who_is_called(collector: Collector, tmp_path: Path, *, encrypted: bool) -> None:
+    """A call made within a span has one of its own, and the called pod's is its child: with TLS as without."""
+    certificates = str(Authority().issue(tmp_path, "inventory")) if encrypted else ""
+    async with shop(collector.endpoint, certificates=certificates) as stub:
+        with telemetry.batch("reserves", [telemetry.Span("Reserve", None)], {}):
+            await telemetry.traced(stub).GetSku(pb.GetSkuRequest(sku="s"))
+    spans = {span.kind: span for span in collector.spans if span.name == GET}
+    (batch,) = [span for span in collector.spans if span.name == "batch reserves"]
+    assert {span.trace for span in spans.values()} == {batch.trace}
+    assert (spans["CLIENT"].parent, spans["SERVER"].parent) == (batch.span, spans["CLIENT"].span)
 
 
 async def test_errors_of_ours_are_kept(collector: Collector) -> None:
