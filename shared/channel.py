@@ -73,6 +73,7 @@ def options(target: str) -> list[tuple[str, Any]]:
     made: list[tuple[str, Any]] = [
         ("grpc.service_config", json.dumps(_SERVICE_CONFIG)),
         ("grpc.enable_retries", 1),
+        ("grpc.per_rpc_retry_buffer_size", MESSAGE_BYTES_MAX),  # a call that is larger is not retried
         ("grpc.dns_min_time_between_resolutions_ms", RESOLVE_SECONDS_MIN * 1000),
         ("grpc.min_reconnect_backoff_ms", 100),
         ("grpc.initial_reconnect_backoff_ms", 100),

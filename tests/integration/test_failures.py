@@ -2,9 +2,11 @@
 
 import asyncio
 from datetime import timedelta
+from typing import Any
 from urllib.parse import urlsplit
 
 import asyncpg
+import grpc
 import pytest
 import redis.asyncio as redis
 
@@ -16,7 +18,7 @@ from services.reservation.commands import Commands
 from services.reservation.domain import Ask, Line, Mode
 from services.reservation.inventory import Inventory as InventoryClient
 from services.reservation.subjects import Subjects
-from shared.channel import open_channel
+from shared.channel import MESSAGE_BYTES_MAX, open_channel
 from shared.database import Connection, Database
 from shared.lock import Lock, run_alone
 from shared.refusal import Refusal
@@ -147,6 +149,28 @@ async def test_inventory_away_is_unavailable_and_nothing_is_stored(stack: Stack)
     assert refused.value.reason == "INVENTORY_UNAVAILABLE"
     await channel.close(None)
     await database.close()
+
+
+async def test_a_call_as_large_as_a_message_may_be_is_tried_again() -> None:
+    """UNAVAILABLE is retried whatever the call's size: a full batch takes a stopping pod no worse than a single one."""
+    sizes: list[int] = []
+
+    async def answer(request: bytes, context: Any) -> bytes:
+        sizes.append(len(request))
+        if len(sizes) < 3:
+            await context.abort(grpc.StatusCode.UNAVAILABLE, "come again")
+        return b""
+
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)])
+    handler = grpc.method_handlers_generic_handler("any.Service", {"Call": grpc.unary_unary_rpc_method_handler(answer)})
+    server.add_generic_rpc_handlers([handler])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    size = MESSAGE_BYTES_MAX - 1_024
+    async with open_channel(f"ipv4:127.0.0.1:{port}") as channel:
+        await channel.unary_unary("/any.Service/Call", bytes, bytes)(bytes(size))
+    assert sizes == [size] * 3
+    await server.stop(0)
 
 
 async def test_redis_away_changes_no_answer(inventory_db: Database) -> None:
