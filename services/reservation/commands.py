@@ -57,6 +57,7 @@ class Commands:
         self._subjects = subjects
         self._guard = guard
         self._written = Lately(SUBJECTS_WRITTEN_MAX)
+        self._expired_to = store.FIRST
 
     # -- reserve ----------------------------------------------------------------------------------
 
@@ -285,12 +286,17 @@ class Commands:
     # -- expiry -----------------------------------------------------------------------------------
 
     async def expire(self) -> int:
-        """Book what has expired; return how many reservations ended. Two at once do no harm."""
+        """Book what has expired; return how many reservations ended. Two at once do no harm.
+
+        Each call goes on where the last one stopped, and after the end begins anew. What is due and does not end, as
+        inventory knows of nothing that expired of it, would otherwise be found each time, and nothing younger.
+        """
         async with self._database.connection() as connection:
-            due = await store.due(connection, EXPIRE_MAX)
+            due = await store.due(connection, EXPIRE_MAX, self._expired_to)
+            self._expired_to = due[-1] if len(due) == EXPIRE_MAX else store.FIRST
             if not due:
                 return 0
-            reservations = list((await store.read(connection, due)).values())
+            reservations = list((await store.read(connection, [name for _, name in due])).values())
         return sum([await self._expire(portion) for portion in _portions(reservations, lambda one: one)])
 
     async def _expire(self, reservations: Sequence[Reservation]) -> int:

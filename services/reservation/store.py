@@ -6,7 +6,7 @@ Rows of several reservations are always written in ascending reservation id.
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 
 import sqlalchemy as sa
 
@@ -126,10 +126,14 @@ WITH settled AS (
 SELECT 1 / ((SELECT count(*) FROM settled) = cardinality($1)
             AND (SELECT count(*) FROM decided) = cardinality($6))::int
 """
+# By keyset, so that what is due and cannot be ended is not all that is ever found.
 DUE = """
-SELECT reservation_id FROM reservation WHERE state = 'HELD' AND expires_at <= now()
-ORDER BY expires_at LIMIT $1
+SELECT reservation_id, expires_at FROM reservation
+WHERE state = 'HELD' AND expires_at <= now() AND (expires_at, reservation_id) > ($2, $3)
+ORDER BY expires_at, reservation_id LIMIT $1
 """
+Due = tuple[datetime, str]  # when a reservation's time has come, and its id
+FIRST: Due = (datetime.fromtimestamp(0, UTC), "")  # before all of them
 RESERVATION = sa.table(
     "reservation", sa.column("reservation_id"), sa.column("customer_id"), sa.column("state"),
     sa.column("created_at", sa.DateTime(timezone=True)),
@@ -311,8 +315,9 @@ async def book(
     )  # fmt: skip
 
 
-async def due(connection: Connection, limit: int) -> list[str]:
-    return [row["reservation_id"] for row in await connection.fetch(DUE, limit)]
+async def due(connection: Connection, limit: int, after: Due = FIRST) -> list[Due]:
+    """Reservations whose time has come, the longest due first, from beyond `after`."""
+    return [(row["expires_at"], row["reservation_id"]) for row in await connection.fetch(DUE, limit, *after)]
 
 
 async def list_ids(

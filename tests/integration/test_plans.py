@@ -92,7 +92,7 @@ async def test_inventory_reads_and_writes_by_index(large: Database) -> None:
         ("READ_SUBJECTS", "array['a', 'b']"),
         ("BOOK", BOOKED),
         ("PENDING_CHANGES", "interval '5 s', 10"),
-        ("DUE", "10"),
+        ("DUE", "10, now(), 'a'"),
     ],
 )
 async def test_reservation_reads_and_writes_by_index(reservation_db: Database, name: str, arguments: str) -> None:

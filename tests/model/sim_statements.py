@@ -727,6 +727,12 @@ async def _book(t: Transaction, *arguments: Any) -> list[Record]:
 
 
 @_runs(reservation.DUE)
-async def _due(t: Transaction, limit: int) -> list[Record]:
-    rows = [row for row in t.scan("reservation") if row["state"] == "HELD" and row["expires_at"] <= t.began]
-    return [Record(row) for row in _by(rows, "expires_at")[:limit]]
+async def _due(t: Transaction, limit: int, since: datetime, name: str) -> list[Record]:
+    rows = [
+        row
+        for row in t.scan("reservation")
+        if row["state"] == "HELD"
+        and row["expires_at"] <= t.began
+        and (row["expires_at"], row["reservation_id"]) > (since, name)
+    ]
+    return [Record(row) for row in _by(rows, "expires_at", "reservation_id")[:limit]]

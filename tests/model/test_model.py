@@ -6,7 +6,7 @@ simulated one it is moved on, on the real one a hold's expiry is moved back.
 
 import asyncio
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from itertools import count
@@ -29,11 +29,13 @@ from services.inventory import store
 from services.inventory.cache import Ask as Wanted
 from services.inventory.cache import Cache
 from services.inventory.commands import Commands as Inventory
-from services.inventory.domain import Adjustment
+from services.inventory.domain import Adjustment, HoldChange, Kind
 from services.inventory.domain import Change as StockChange
+from services.inventory.domain import ChangeLine as HoldChangeLine
 from services.inventory.servicer import ERRORS, Servicer
 from services.inventory.settings import Settings
 from services.inventory.watch import Watch
+from services.reservation import commands
 from services.reservation.commands import Commands
 from services.reservation.domain import Action, Ask, Change, ChangeLine, Line, Mode
 from services.reservation.inventory import Inventory as Client
@@ -425,26 +427,30 @@ def _run(shop: type[Shop], examples: int, steps: int) -> None:
     )
 
 
-def test_reservations_are_as_the_model_says_on_the_simulated_database() -> None:
-    """Any sequence of calls: stock and reservations are what a few lines say they are."""
-    loop = SimLoop(0)
+def _simulated(loop: SimLoop) -> Services:
+    """Both services on simulated databases."""
 
     def database(tables: Sequence[Table]) -> Database:
         server = Server(tables, lambda: datetime(2030, 1, 1, tzinfo=UTC) + timedelta(seconds=loop.time()), uuid4)
         pool: Any = Pool(lambda: Connection(server, sim_statements.statement, Unhurried()))
         return Database(pool)
 
+    def wait(_name: str) -> None:
+        loop.run_until_complete(asyncio.sleep(2 * BRIEF))
+
+    inventory, reservation = database(sim_statements.INVENTORY), database(sim_statements.RESERVATION)
+    loop.run_until_complete(_open(inventory))
+    return Services(inventory, reservation, sim_redis.Store(loop.time), loop.run_until_complete, wait)
+
+
+def test_reservations_are_as_the_model_says_on_the_simulated_database() -> None:
+    """Any sequence of calls: stock and reservations are what a few lines say they are."""
+    loop = SimLoop(0)
+
     class Simulated(Shop):
         @staticmethod
         def make() -> Services:
-            inventory, reservation = database(sim_statements.INVENTORY), database(sim_statements.RESERVATION)
-            loop.run_until_complete(_open(inventory))
-            redis = sim_redis.Store(loop.time)
-
-            def wait(_name: str) -> None:
-                loop.run_until_complete(asyncio.sleep(2 * BRIEF))
-
-            return Services(inventory, reservation, redis, loop.run_until_complete, wait)
+            return _simulated(loop)
 
     _run(Simulated, examples=60, steps=25)
     run(loop, asyncio.sleep(1))
@@ -487,3 +493,42 @@ def test_reservations_are_as_the_model_says_on_the_real_database(
             return Services(inventory_db, reservation_db, redis, do, lambda name: do(bring_to_end(name)))
 
     _run(Real, examples=15, steps=20)
+
+
+# -- what one caller at a time does not come to -----------------------------------------------------
+
+
+@pytest.fixture
+def services() -> Iterator[Services]:
+    """Both services on simulated databases, with a hundred units everywhere."""
+    loop = SimLoop(0)
+    made = _simulated(loop)
+    asks = [Adjustment(f"opening {sku} {at}", sku, at, StockChange.RECEIVE, 100) for sku, at in KEYS]
+    made.run(made.inventory.adjust(asks))
+    yield made
+    run(loop, asyncio.sleep(1))
+
+
+def _asked(name: str, *lines: Line, seconds: float = LONG) -> Ask:
+    asked = lines or (Line("A", "X", 1),)
+    return Ask(name, "", asked, Mode.ALL, timedelta(seconds=seconds), repr(asked).encode())
+
+
+def test_what_is_due_and_does_not_end_keeps_back_nothing_younger(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As of a database that was restored from an older backup, whose holds inventory has sold meanwhile."""
+    monkeypatch.setattr(commands, "EXPIRE_MAX", 2)
+    stuck, younger = [f"stuck-{number}" for number in range(5)], ["younger-0", "younger-1"]
+    services.run(services.reservation.reserve([_asked(name, seconds=BRIEF) for name in stuck]))
+    sold = [HoldChange(name, "sold", Kind.COMMIT, (HoldChangeLine("A", "", 0),), b"") for name in stuck]
+    services.run(services.inventory.change(sold))
+    services.bring_to_end("")
+    for name in younger:
+        services.run(services.reservation.reserve([_asked(name, seconds=BRIEF)]))
+        services.bring_to_end(name)
+        ended = [services.run(services.reservation.expire()) for _ in range(4)]
+        assert sum(ended) == 1, name
+    found = services.run(_read_reservations(services.reservation_db, [*stuck, *younger]))
+    assert [found[name][0].expired for name in younger] == [1, 1]
+    assert {found[name][0].held for name in stuck} == {1}

@@ -333,7 +333,7 @@ INTENTS = st.tuples(
 BOOKINGS = st.tuples(
     st.just("book"), NAMES, st.sampled_from(["c1", "c2"]), st.booleans(), st.sampled_from([0, 0, 1]), st.integers(0, 4)
 )
-REST = st.sampled_from([("due",), ("pending",), ("peek",), ("lock",), ("subjects",)])
+REST = st.sampled_from([("due", ""), ("due", "n1"), ("pending",), ("peek",), ("lock",), ("subjects",)])
 RESERVATION_CALLS = st.lists(st.one_of(INSERTS, INTENTS, BOOKINGS, BOOKINGS, REST), min_size=3, max_size=16)
 LONG_AGO = datetime(2024, 5, 1, tzinfo=UTC)
 
@@ -367,8 +367,8 @@ async def ask_reservation(tried: Tried, asked: Call) -> Any:
                 )
             case ("book", name, request_id, refused, behind, units):
                 return await outcome(_book(connection, name, request_id, refused, behind, units))
-            case ("due",):
-                return sorted(await reservation_store.due(connection, 10))
+            case ("due", after):
+                return [name for _, name in await reservation_store.due(connection, 2, (LONG_AGO, after))]
             case ("pending",):
                 found = await reservation_store.pending_changes(connection, timedelta(seconds=-60), 10)
                 return sorted((one.reservation_id, one.request_id, one.action.value) for one in found)
