@@ -277,8 +277,11 @@ class Commands:
     async def drive_on(self, age_seconds: float) -> int:
         """Carry out changes that have been PENDING for a while; return how many."""
         async with self._database.connection() as connection:
-            changes = await store.pending_changes(connection, timedelta(seconds=age_seconds), DRIVE_MAX)
-            reservations = await store.read(connection, [change.reservation_id for change in changes])
+            pending = await store.pending_changes(connection, timedelta(seconds=age_seconds), DRIVE_MAX)
+            names = list(dict.fromkeys(change.reservation_id for change in pending))
+            first, _ = await store.read_first(connection, names)
+        reservations = {reservation.reservation_id: reservation for reservation in first}
+        changes = [change for change in pending if change.reservation_id in reservations]
         if changes:
             await self._carry_out(changes, reservations)
         return len(changes)
@@ -293,10 +296,8 @@ class Commands:
         """
         async with self._database.connection() as connection:
             due = await store.due(connection, EXPIRE_MAX, self._expired_to)
-            self._expired_to = due[-1] if len(due) == EXPIRE_MAX else store.FIRST
-            if not due:
-                return 0
-            reservations = list((await store.read(connection, [name for _, name in due])).values())
+            reservations, taken = await store.read_first(connection, [name for _, name in due])
+        self._expired_to = due[taken - 1] if taken and (taken < len(due) or taken == EXPIRE_MAX) else store.FIRST
         return sum([await self._expire(portion) for portion in _portions(reservations, lambda one: one)])
 
     async def _expire(self, reservations: Sequence[Reservation]) -> int:

@@ -152,6 +152,11 @@ class Reservation:
     def skus(self) -> list[str]:
         return sorted({allocation.sku for allocation in self.allocations})
 
+    @property
+    def rows(self) -> int:
+        """How much it is to read and to send."""
+        return len(self.lines) + len(self.allocations) + len(self.short_lines)
+
 
 @dataclass(frozen=True, slots=True)
 class ChangeLine:

@@ -12,7 +12,7 @@ from holdfast.reservation.v1 import reservation_pb2_grpc
 
 from services.reservation import codec, store
 from services.reservation.commands import Commands, Outcome, Told
-from services.reservation.domain import Action, Ask, Change, Reason, Reservation
+from services.reservation.domain import Action, Ask, Change, Reason
 from services.reservation.settings import Settings
 from services.reservation.subjects import Subjects
 from shared import check, pages
@@ -145,10 +145,11 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
 
     async def GetReservation(self, request: pb.GetReservationRequest, context: Context) -> pb.GetReservationResponse:
         name = check.code(request.reservation_id, "reservation_id")
-        found = await self._read([name])
-        if not found:
+        async with self._database.connection() as connection:
+            found = await store.read(connection, [name])
+        if name not in found:
             raise Refusal(Reason.RESERVATION_NOT_FOUND, f"there is no reservation {name}", reservation_id=name)
-        return pb.GetReservationResponse(reservation=codec.reservation(found[0]))
+        return pb.GetReservationResponse(reservation=codec.reservation(found[name]))
 
     async def ListReservations(
         self, request: pb.ListReservationsRequest, context: Context
@@ -163,11 +164,11 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
             ids = await store.list_ids(
                 connection, after=after, customer_id=customer_id, state=state, start=start, end=end, limit=size + 1
             )
+            found, taken = await store.read_first(connection, [name for name, _ in ids[:size]])
         token = ""
-        if len(ids) > size:
-            name, created_at = ids[size - 1]
+        if len(ids) > taken:
+            name, created_at = ids[taken - 1]
             token = pages.encode([created_at.astimezone(UTC).isoformat(), name], filters)
-        found = await self._read([name for name, _ in ids[:size]])
         return pb.ListReservationsResponse(
             reservations=[codec.reservation(value) for value in found], next_page_token=token
         )
@@ -196,12 +197,6 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
 
     async def _changed(self, change: Change, context: Context) -> Outcome:
         return await self._change.submit(change, lines=len(change.lines) or 1, seconds_left=context.time_remaining())
-
-    async def _read(self, ids: list[str]) -> list[Reservation]:
-        """Reservations in the order of their ids given; unknown ones are left out."""
-        async with self._database.connection() as connection:
-            found = await store.read(connection, ids)
-        return [found[name] for name in ids if name in found]
 
 
 def _result(request: pb.ReserveRequest, outcome: Asked) -> pb.ReserveResult:

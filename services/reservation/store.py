@@ -28,6 +28,9 @@ from shared import telemetry
 from shared.database import Connection, Record, columns, fetch
 from shared.refusal import Refusal
 
+READ_MAX = 50
+READ_ROWS_MAX = 20_000  # together well below what a message may have
+
 # New reservations with all that belongs to them and their events, in one statement and one round trip. Hashes come
 # in ascending order, as another pod may insert the same ones: it waits, and cannot be waited for.
 # One that is known undoes it all: then `KNOWN` tells which, and the others are inserted again. Nothing is returned, so
@@ -219,6 +222,26 @@ async def read(connection: Connection, ids: Iterable[str]) -> dict[str, Reservat
         )
         for row in await connection.fetch(READ, sorted(set(ids)))
     }  # fmt: skip
+
+
+async def read_first(connection: Connection, ids: Sequence[str]) -> tuple[list[Reservation], int]:
+    """As many of these in their order as have READ_ROWS_MAX rows together, and one at least; and how many ids that is.
+
+    Unknown ones are left out. Never more than READ_MAX reservations are read ahead of what is returned.
+    """
+    found: list[Reservation] = []
+    rows = 0
+    for start in range(0, len(ids), READ_MAX):
+        part = ids[start : start + READ_MAX]
+        known = await read(connection, part)
+        for taken, name in enumerate(part, start):
+            if (reservation := known.get(name)) is None:
+                continue
+            rows += reservation.rows
+            if found and rows > READ_ROWS_MAX:
+                return found, taken
+            found.append(reservation)
+    return found, len(ids)
 
 
 async def read_subjects(connection: Connection, subjects: Iterable[str]) -> dict[str, Identity]:

@@ -14,6 +14,7 @@ from typing import Any, ClassVar, TypeVar
 from uuid import uuid4
 
 import pytest
+from holdfast.reservation.v1.reservation_pb2 import ListReservationsRequest
 from hypothesis import HealthCheck, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import (
@@ -24,6 +25,7 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
+from pydantic import SecretStr
 
 from services.inventory import store
 from services.inventory.cache import Ask as Wanted
@@ -36,16 +38,19 @@ from services.inventory.servicer import ERRORS, Servicer
 from services.inventory.settings import Settings
 from services.inventory.watch import Watch
 from services.reservation import commands
+from services.reservation import store as reservation_store
 from services.reservation.commands import Commands
 from services.reservation.domain import Action, Ask, Change, ChangeLine, Line, Mode
 from services.reservation.inventory import Inventory as Client
+from services.reservation.servicer import Servicer as ReservationServicer
+from services.reservation.settings import Settings as ReservationSettings
 from services.reservation.subjects import Subjects
 from shared.database import Database
 from shared.refusal import Refusal
 from tests.model import sim_redis, sim_statements
 from tests.model.sim_database import Connection, LocalWire, Pool, Server, Table
 from tests.model.sim_loop import SimLoop, run
-from tests.model.sim_world import failed
+from tests.model.sim_world import NOWHERE, failed
 
 T = TypeVar("T")
 SKUS = ("A", "B")
@@ -374,8 +379,6 @@ class Shop(RuleBasedStateMachine):
 
 
 async def _read_reservations(database: Database, names: Sequence[str]) -> dict[str, Any]:
-    from services.reservation import store as reservation_store
-
     async with database.connection() as connection:
         return {name: one.allocations for name, one in (await reservation_store.read(connection, names)).items()}
 
@@ -514,11 +517,13 @@ def _asked(name: str, *lines: Line, seconds: float = LONG) -> Ask:
     return Ask(name, "", asked, Mode.ALL, timedelta(seconds=seconds), repr(asked).encode())
 
 
+@pytest.mark.parametrize(("due_max", "rows_max"), [(2, 100), (100, 3)])
 def test_what_is_due_and_does_not_end_keeps_back_nothing_younger(
-    services: Services, monkeypatch: pytest.MonkeyPatch
+    services: Services, monkeypatch: pytest.MonkeyPatch, due_max: int, rows_max: int
 ) -> None:
     """As of a database that was restored from an older backup, whose holds inventory has sold meanwhile."""
-    monkeypatch.setattr(commands, "EXPIRE_MAX", 2)
+    monkeypatch.setattr(commands, "EXPIRE_MAX", due_max)
+    monkeypatch.setattr(reservation_store, "READ_ROWS_MAX", rows_max)
     stuck, younger = [f"stuck-{number}" for number in range(5)], ["younger-0", "younger-1"]
     services.run(services.reservation.reserve([_asked(name, seconds=BRIEF) for name in stuck]))
     sold = [HoldChange(name, "sold", Kind.COMMIT, (HoldChangeLine("A", "", 0),), b"") for name in stuck]
@@ -527,8 +532,60 @@ def test_what_is_due_and_does_not_end_keeps_back_nothing_younger(
     for name in younger:
         services.run(services.reservation.reserve([_asked(name, seconds=BRIEF)]))
         services.bring_to_end(name)
-        ended = [services.run(services.reservation.expire()) for _ in range(4)]
+        ended = [services.run(services.reservation.expire()) for _ in range(7)]
         assert sum(ended) == 1, name
     found = services.run(_read_reservations(services.reservation_db, [*stuck, *younger]))
     assert [found[name][0].expired for name in younger] == [1, 1]
     assert {found[name][0].held for name in stuck} == {1}
+
+
+def test_changes_of_large_reservations_are_driven_on_in_turns(
+    services: Services, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As many at once as may be read; none is left out."""
+    changes = [Change(name, "sold", Action.CONFIRM, (), timedelta(), b"") for name in ("a", "b")]
+    services.run(services.reservation.reserve([_asked("a"), _asked("b")]))
+
+    async def dies(*_: object) -> None:
+        raise ArithmeticError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(services.reservation, "_book", dies)
+        with pytest.raises(ArithmeticError):
+            services.run(services.reservation.change(changes))
+    monkeypatch.setattr(reservation_store, "READ_ROWS_MAX", 3)
+    assert [services.run(services.reservation.drive_on(0)) for _ in range(3)] == [1, 1, 0]
+    found = services.run(_read_reservations(services.reservation_db, ["a", "b"]))
+    assert [part.confirmed for parts in found.values() for part in parts] == [1, 1]
+
+
+async def test_a_page_of_large_reservations_is_shorter(
+    inventory_db: Database, reservation_db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All come, over as many pages as they need; one that is larger than a page may be has a page to itself."""
+    await _open(inventory_db)
+    do = asyncio.get_running_loop().run_until_complete
+    services = Services(inventory_db, reservation_db, sim_redis.Store(time.monotonic), do, lambda _: None)
+    opening = [Adjustment(f"opening {sku} {at}", sku, at, StockChange.RECEIVE, 100) for sku, at in KEYS]
+    await services.inventory.adjust(opening)
+    for number, lines in enumerate((3, 3, 9, 1, 1, 3, 3)):
+        asks = [_asked(f"{number}", *[Line("A", "X", 1)] * lines)]
+        assert not isinstance((await services.reservation.reserve(asks))[0], Refusal)
+    monkeypatch.setattr(reservation_store, "READ_MAX", 2)
+    monkeypatch.setattr(reservation_store, "READ_ROWS_MAX", 8)
+    edge = ReservationServicer(
+        ReservationSettings(database_dsn=NOWHERE, inventory_target="", subject_keys=SecretStr("k1=" + "A" * 24)),
+        reservation_db,
+        services.reservation,
+        Subjects({"k1": bytes(16)}),
+    )
+    request, sizes, listed = ListReservationsRequest(page_size=3), [], []
+    while True:
+        page = await edge.ListReservations(request, Patient())  # type: ignore[arg-type] # it asks for no deadline
+        sizes.append(len(page.reservations))
+        listed += [one.reservation_id for one in page.reservations]
+        request.page_token = page.next_page_token
+        if not request.page_token:
+            break
+    assert listed == list("6543210")
+    assert sizes == [2, 2, 1, 2]
