@@ -1,7 +1,7 @@
 """The edge: decode and check, one call, encode. Errors, drains and pod names are the server's."""
 
 import asyncio
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterable
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any
@@ -84,8 +84,12 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
         check.count(len(request.requests), "requests", BATCH_REQUESTS_MAX)
         asked = [self._try(item, f"requests[{n}]", context) for n, item in enumerate(request.requests)]
         waiting = [outcome for outcome in asked if isinstance(outcome, asyncio.Future)]
-        if waiting:
-            await asyncio.wait(waiting)
+        try:
+            if waiting:
+                await asyncio.wait(waiting)
+        except asyncio.CancelledError:
+            _leave(waiting)
+            raise
         return pb.BatchReserveResponse(
             results=[_result(item, outcome) for item, outcome in zip(request.requests, asked, strict=True)]
         )
@@ -95,28 +99,28 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
     ) -> AsyncIterator[pb.ReserveStreamResponse]:
         answers: asyncio.Queue[tuple[pb.ReserveRequest, Asked] | None] = asyncio.Queue()
         room = asyncio.Semaphore(self._settings.stream_items_max)
+        waiting: set[asyncio.Future[Told]] = set()
 
         async def read() -> None:
-            waiting = 0
             drained = asyncio.Event()
 
-            def answered(item: pb.ReserveRequest, outcome: Asked) -> None:
-                nonlocal waiting
-                waiting -= 1
-                answers.put_nowait((item, outcome))
+            def answered(item: pb.ReserveRequest, outcome: asyncio.Future[Told]) -> None:
+                waiting.discard(outcome)
+                if not outcome.cancelled():
+                    answers.put_nowait((item, outcome))
                 if not waiting:
                     drained.set()
 
             try:
                 async for message in request:
                     await room.acquire()
-                    waiting += 1
-                    drained.clear()
                     outcome = self._try(message.request, "request", context)
                     if isinstance(outcome, asyncio.Future):
+                        waiting.add(outcome)
+                        drained.clear()
                         outcome.add_done_callback(partial(answered, message.request))
                     else:
-                        answered(message.request, outcome)
+                        answers.put_nowait((message.request, outcome))
                 if waiting:
                     await drained.wait()
             finally:
@@ -130,6 +134,7 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
             await reader
         finally:
             reader.cancel()
+            _leave(waiting)
 
     async def Confirm(self, request: pb.ConfirmRequest, context: Context) -> pb.ConfirmResponse:
         reservation, replayed = await self._changed(codec.change(request, Action.CONFIRM), context)
@@ -197,6 +202,12 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
 
     async def _changed(self, change: Change, context: Context) -> Outcome:
         return await self._change.submit(change, lines=len(change.lines) or 1, seconds_left=context.time_remaining())
+
+
+def _leave(waiting: Iterable[asyncio.Future[Told]]) -> None:
+    """What waits for its turn has no caller any more, and is dropped from the queue."""
+    for outcome in waiting:
+        outcome.cancel()
 
 
 def _result(request: pb.ReserveRequest, outcome: Asked) -> pb.ReserveResult:

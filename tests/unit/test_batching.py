@@ -1,10 +1,17 @@
 """Micro-batching: order, bounds, and what becomes of those who leave or come too late."""
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncIterator, Sequence
+from typing import Any, cast
 
 import pytest
+from holdfast.reservation.v1 import reservation_pb2 as pb
+from pydantic import SecretStr
 
+from services.reservation.commands import Told
+from services.reservation.domain import Ask
+from services.reservation.servicer import Servicer
+from services.reservation.settings import Settings
 from shared.batching import Batcher
 from shared.refusal import Refusal
 
@@ -126,3 +133,60 @@ async def test_one_bad_item_harms_no_other() -> None:
     batcher.handle = handle
     assert await batcher.submit(3) == 30
     await batcher.close()
+
+
+class Desk(Work):
+    """Reservation's commands in so far as its edge calls them; one decides as `Work` does."""
+
+    async def reserve(self, asks: Sequence[Ask]) -> list[Told | Exception]:
+        await self.handle([int(ask.reservation_id) for ask in asks])
+        return [(pb.Reservation(reservation_id=ask.reservation_id), False) for ask in asks]
+
+    async def change(self, changes: Sequence[object]) -> list[Exception]:
+        raise NotImplementedError(changes)
+
+
+class Patient:
+    """A call's context without a deadline."""
+
+    def time_remaining(self) -> float | None:
+        return None
+
+
+def asked(number: int) -> pb.ReserveRequest:
+    return pb.ReserveRequest(reservation_id=str(number), lines=[pb.ReservationLine(sku="A", quantity=1)])
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_what_a_caller_that_has_left_asked_for_is_not_reserved(*, streamed: bool) -> None:
+    """Many in one call or over a stream, behind a batch that takes its time."""
+    desk, context, nothing = Desk(), cast("Any", Patient()), cast("Any", None)
+    settings = Settings(
+        database_dsn="postgresql://nobody@localhost/nothing",
+        inventory_target="",
+        subject_keys=SecretStr("k1=" + "A" * 24),
+    )
+    edge = Servicer(settings, nothing, cast("Any", desk), nothing)
+
+    async def requests() -> AsyncIterator[pb.ReserveStreamRequest]:
+        for number in (1, 2):
+            yield pb.ReserveStreamRequest(request=asked(number))
+        await asyncio.Event().wait()
+
+    async def stream() -> None:
+        async for answer in edge.ReserveStream(requests(), context):
+            raise AssertionError(answer)
+
+    first = asyncio.ensure_future(edge.Reserve(asked(0), context))
+    await started(desk)
+    batch = pb.BatchReserveRequest(requests=[asked(1), asked(2)])
+    leaving = asyncio.ensure_future(stream() if streamed else edge.BatchReserve(batch, context))
+    while len(edge._reserve._queue) < 2:
+        await asyncio.sleep(0)
+    leaving.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await leaving
+    desk.go.set()
+    await first
+    await edge._reserve.close()
+    assert desk.batches == [[0]]
