@@ -210,8 +210,11 @@ class Commands:
     ) -> dict[ChangeId, Outcome | Refusal]:
         answers = await self._inventory.change([(c, reservations[c.reservation_id]) for c in changes])
         done = list(zip(changes, answers, strict=True))
+        ended = {change.reservation_id for change, answer in done if _not_held(answer)}
         try:
             async with self._database.connection() as connection:
+                if ended:  # what ended them may have been booked since they were read
+                    reservations = {**reservations, **await store.read(connection, ended)}
                 return await self._book(connection, reservations, done)
         except (*RETRIED, asyncpg.DivisionByZeroError):
             pass
@@ -250,6 +253,10 @@ class Commands:
             if not isinstance(answer, Refusal):
                 now[name] = domain.book(now.get(name, reservations[name]), change.action, answer)
                 by[name] = change.request_id
+        done = [
+            (change, _told(answer, now.get(change.reservation_id, reservations[change.reservation_id])))
+            for change, answer in done
+        ]
         written = await self._write(
             connection,
             [(reservations[name], after, by[name]) for name, after in now.items()],
@@ -347,6 +354,17 @@ def _unwanted(pair: tuple[Ask, Held], known: dict[str, Reservation]) -> bool:
 
 def _identity(change: Change) -> ChangeId:
     return change.reservation_id, change.request_id
+
+
+def _not_held(answer: Changed | Refusal) -> bool:
+    return isinstance(answer, Refusal) and answer.reason == Reason.RESERVATION_NOT_HELD
+
+
+def _told(answer: Changed | Refusal, reservation: Reservation) -> Changed | Refusal:
+    """Inventory does not know a reservation's state, of which one line may be HELD while another is not."""
+    if isinstance(answer, Refusal) and _not_held(answer):
+        return Refusal(answer.reason, answer.message, **answer.metadata | {"state": reservation.state})
+    return answer
 
 
 def _state(reservations: Mapping[str, Reservation], change: Change) -> State | None:

@@ -56,7 +56,7 @@ class Inventory:
         calls = (self._change(action, items) for action, items in zip(Action, chosen, strict=True) if items)
         answered = iter(await asyncio.gather(*calls))
         answers = {action: iter(next(answered)) for action, items in zip(Action, chosen, strict=True) if items}
-        return [_told(next(answers[change.action]), reservation) for change, reservation in changes]
+        return [next(answers[change.action]) for change, _ in changes]
 
     async def expire(self, reservations: Sequence[Reservation]) -> list[Changed | Refusal]:
         """All that ever expired of each hold; a Refusal where its time is to come or it is unknown."""
@@ -164,13 +164,6 @@ def _changed(result: inventory_pb2.HoldChangeResult) -> Changed | Refusal:
     if result.HasField("error"):
         return _refusal(result.hold_id, result.error)
     return Changed(_parts(result), moment(result.expire_time), moment(result.change_time))
-
-
-def _told(answer: Changed | Refusal, reservation: Reservation) -> Changed | Refusal:
-    """Inventory does not know a reservation's state, of which one line may be HELD while another is not."""
-    if isinstance(answer, Refusal) and answer.reason == Reason.RESERVATION_NOT_HELD:
-        return Refusal(answer.reason, answer.message, **answer.metadata, state=reservation.state)
-    return answer
 
 
 def _refusal(hold_id: str, error: inventory_pb2.ItemError) -> Refusal:

@@ -539,6 +539,32 @@ def test_what_is_due_and_does_not_end_keeps_back_nothing_younger(
     assert {found[name][0].held for name in stuck} == {1}
 
 
+@pytest.mark.parametrize("apart", [False, True])
+def test_who_comes_second_is_told_what_the_first_made_of_it(
+    services: Services, monkeypatch: pytest.MonkeyPatch, *, apart: bool
+) -> None:
+    """Two that confirm all of it at once, in one batch or on two pods: the refusal has the state that it then has."""
+    services.run(services.reservation.reserve([_asked("a")]))
+    first, second = (Change("a", name, Action.CONFIRM, (), timedelta(), b"") for name in ("first", "second"))
+    if apart:
+        inventory = services.reservation._inventory
+        other = Commands(services.reservation_db, inventory, Subjects({"k1": bytes(16)}))
+        ask = inventory.change
+
+        async def overtaken(changes: Any) -> Any:
+            monkeypatch.setattr(inventory, "change", ask)
+            await other.change([first])
+            return await ask(changes)
+
+        monkeypatch.setattr(inventory, "change", overtaken)
+    told = services.run(services.reservation.change([second] if apart else [first, second]))
+    again = services.run(services.reservation.change([first, second]))
+    (refusal,) = [one for one in told if isinstance(one, Refusal)]
+    assert [one for one in again if isinstance(one, Refusal)] == [refusal]
+    assert refusal.reason == "RESERVATION_NOT_HELD"
+    assert refusal.metadata == {"reservation_id": "a", "state": "CONFIRMED"}
+
+
 def test_changes_of_large_reservations_are_driven_on_in_turns(
     services: Services, monkeypatch: pytest.MonkeyPatch
 ) -> None:
