@@ -81,7 +81,8 @@ class Commands:
             if message is None and name in known:
                 content, message = known[name].fingerprint, codec.reservation(known[name])
             if message is None:
-                outcomes.append(refused[name])
+                # Nothing is kept of what is refused, so that other content under its id is refused with it alone.
+                outcomes.append(refused[name] if ask.fingerprint == first[name].fingerprint else reused(name))
             elif content != ask.fingerprint:
                 outcomes.append(reused(name))
             else:

@@ -539,6 +539,15 @@ def test_what_is_due_and_does_not_end_keeps_back_nothing_younger(
     assert {found[name][0].held for name in stuck} == {1}
 
 
+def test_other_content_at_once_is_not_told_why_the_first_was_refused(services: Services) -> None:
+    """But that the id is used twice; as nothing is kept of the first, it may be used again later."""
+    first, second = _asked("a", Line("nowhere", "", 1)), _asked("a")
+    told = services.run(services.reservation.reserve([first, second, first]))
+    assert [one.reason for one in told] == ["SKU_NOT_FOUND", "REQUEST_ID_REUSED", "SKU_NOT_FOUND"]
+    (later,) = services.run(services.reservation.reserve([second]))
+    assert not isinstance(later, Refusal)
+
+
 @pytest.mark.parametrize("apart", [False, True])
 def test_who_comes_second_is_told_what_the_first_made_of_it(
     services: Services, monkeypatch: pytest.MonkeyPatch, *, apart: bool
