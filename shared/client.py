@@ -194,13 +194,13 @@ class Holdfast:
         return await self._call(self.analytics.GetFreshness(analytics_pb2.GetFreshnessRequest()))
 
     async def report(self, name: str, request: Any, *, pages_max: int = 1_000) -> list[Any]:
-        """The rows of a report or of the stock view, such as `report("ReportSales", request)`, page after page."""
+        """The rows of a report or of the stock view, such as `report("ReportSales", request)`, as `every`."""
         return await self.every(getattr(self.analytics, name), request, "rows", pages_max=pages_max)
 
     async def every(
         self, call: Callable[[Any], Awaitable[Any]], request: Any, field: str, *, pages_max: int = 1_000
     ) -> list[Any]:
-        """What the answers of a list have in `field`, page after page."""
+        """What the answers of a list have in `field`, page after page. Raises ValueError beyond `pages_max` of them."""
         asked = type(request)()
         asked.CopyFrom(request)
         found: list[Any] = []
@@ -209,8 +209,8 @@ class Holdfast:
             found += getattr(answer, field)
             asked.page_token = answer.next_page_token
             if not asked.page_token:
-                break
-        return found
+                return found
+        raise ValueError(f"the list has more pages than pages_max={pages_max}")
 
     async def _call(self, call: Awaitable[T]) -> T:
         """Wait for a call, count its pod, and raise what was refused."""

@@ -57,7 +57,7 @@ async def analyse(holdfast: Holdfast, inventory_dsn: str, analytics_dsn: str) ->
     seconds = await caught_up(holdfast)
     fresh = await holdfast.freshness()
     months = await holdfast.report("ReportSales", pb.ReportSalesRequest(range=EVER, period=pb.PERIOD_MONTH))
-    top = await holdfast.report("ReportTopSkus", pb.ReportTopSkusRequest(range=EVER, page_size=TOP_ROWS), pages_max=1)
+    top = await holdfast.analytics.ReportTopSkus(pb.ReportTopSkusRequest(range=EVER, page_size=TOP_ROWS))
     funnel = await holdfast.report("ReportFunnel", pb.ReportFunnelRequest(range=EVER, period=pb.PERIOD_MONTH))
     cases = await holdfast.every(
         holdfast.fraud.ListCases, fraud.ListCasesRequest(page_size=1_000, state=fraud.CASE_STATE_OPEN), "cases"
@@ -69,7 +69,7 @@ async def analyse(holdfast: Holdfast, inventory_dsn: str, analytics_dsn: str) ->
         "sales_by_month": {row.period[:7]: row.value_micros / 1_000_000 for row in months},
         "cases": len(cases),
         "top_cases": [_case(case) for case in sorted(cases, key=lambda case: -case.score)[:TOP_ROWS]],
-        "reports": {"sales": _rows(months), "top_skus": _rows(top), "funnel": _rows(funnel)},
+        "reports": {"sales": _rows(months), "top_skus": _rows(list(top.rows)), "funnel": _rows(funnel)},
     }
 
 

@@ -1,6 +1,8 @@
 """What happens when a part is away: fast, clear answers, and never a wrong one."""
 
 import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from typing import Any
 from urllib.parse import urlsplit
@@ -9,6 +11,7 @@ import asyncpg
 import grpc
 import pytest
 import redis.asyncio as redis
+from holdfast.inventory.v1 import inventory_pb2
 
 from deploy.local.stack import Stack, free_port
 from services.inventory.cache import Ask as Read
@@ -19,12 +22,26 @@ from services.reservation.domain import Ask, Line, Mode
 from services.reservation.inventory import Inventory as InventoryClient
 from services.reservation.subjects import Subjects
 from shared.channel import MESSAGE_BYTES_MAX, open_channel
+from shared.client import Holdfast
 from shared.database import Connection, Database
 from shared.lock import Lock, run_alone
 from shared.refusal import Refusal
 from tests.e2e.shop import new
 from tests.integration.goods import hold, put
 from tests.model.proxy import through
+
+
+@asynccontextmanager
+async def serving(service: str, **methods: Any) -> AsyncIterator[str]:
+    """The target of a server that has these methods."""
+    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)])
+    server.add_generic_rpc_handlers([grpc.method_handlers_generic_handler(service, methods)])
+    port = server.add_insecure_port("127.0.0.1:0")
+    await server.start()
+    try:
+        yield f"ipv4:127.0.0.1:{port}"
+    finally:
+        await server.stop(0)
 
 
 async def test_losing_the_database_is_said_at_once(stack: Stack) -> None:
@@ -151,6 +168,24 @@ async def test_inventory_away_is_unavailable_and_nothing_is_stored(stack: Stack)
     await database.close()
 
 
+async def test_a_list_that_goes_on_beyond_what_is_asked_for_is_no_list() -> None:
+    """The client says so, rather than return the half of it."""
+
+    async def listed(request: inventory_pb2.ListSkusRequest, _context: object) -> inventory_pb2.ListSkusResponse:
+        sku = inventory_pb2.Sku(sku=f"after {request.page_token}")
+        return inventory_pb2.ListSkusResponse(skus=[sku], next_page_token="" if request.page_token else "first")
+
+    method = grpc.unary_unary_rpc_method_handler(
+        listed, inventory_pb2.ListSkusRequest.FromString, inventory_pb2.ListSkusResponse.SerializeToString
+    )
+    service, request = "holdfast.inventory.v1.InventoryService", inventory_pb2.ListSkusRequest()
+    async with serving(service, ListSkus=method) as target, Holdfast(target, target) as client:
+        skus = await client.every(client.inventory.ListSkus, request, "skus", pages_max=2)
+        assert [sku.sku for sku in skus] == ["after ", "after first"]
+        with pytest.raises(ValueError, match="pages_max=1"):
+            await client.every(client.inventory.ListSkus, request, "skus", pages_max=1)
+
+
 async def test_a_call_as_large_as_a_message_may_be_is_tried_again() -> None:
     """UNAVAILABLE is retried whatever the call's size: a full batch takes a stopping pod no worse than a single one."""
     sizes: list[int] = []
@@ -161,16 +196,11 @@ async def test_a_call_as_large_as_a_message_may_be_is_tried_again() -> None:
             await context.abort(grpc.StatusCode.UNAVAILABLE, "come again")
         return b""
 
-    server = grpc.aio.server(options=[("grpc.max_receive_message_length", MESSAGE_BYTES_MAX)])
-    handler = grpc.method_handlers_generic_handler("any.Service", {"Call": grpc.unary_unary_rpc_method_handler(answer)})
-    server.add_generic_rpc_handlers([handler])
-    port = server.add_insecure_port("127.0.0.1:0")
-    await server.start()
     size = MESSAGE_BYTES_MAX - 1_024
-    async with open_channel(f"ipv4:127.0.0.1:{port}") as channel:
+    method = grpc.unary_unary_rpc_method_handler(answer)
+    async with serving("any.Service", Call=method) as target, open_channel(target) as channel:
         await channel.unary_unary("/any.Service/Call", bytes, bytes)(bytes(size))
     assert sizes == [size] * 3
-    await server.stop(0)
 
 
 async def test_redis_away_changes_no_answer(inventory_db: Database) -> None:
