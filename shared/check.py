@@ -11,6 +11,9 @@ from google.protobuf.timestamp_pb2 import Timestamp
 from shared.refusal import Refusal
 
 CODE = re.compile(r"[A-Za-z0-9._:/-]{1,64}")
+# Control characters, and what breaks a line or turns around what is written after it. The spaces and joiners that
+# scripts are written with are none, though str.isprintable() takes them for such.
+CONTROL = re.compile(r"[\x00-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069\ud800-\udfff]")
 CURRENCY = re.compile(r"[A-Z]{3}")
 QUANTITY_MAX = 10**12
 MICROS_MAX = 10**15
@@ -32,10 +35,10 @@ def code(value: str, field: str, *, optional: bool = False) -> str:
 
 
 def text(value: str, field: str, characters_max: int) -> str:
-    """Free text without control characters."""
+    """Free text of any script, without CONTROL."""
     if len(value) > characters_max:
         raise invalid(field, f"must have at most {characters_max} characters")
-    if not value.isprintable():
+    if CONTROL.search(value):
         raise invalid(field, "must not have control characters")
     return value
 
