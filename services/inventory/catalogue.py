@@ -1,6 +1,7 @@
 """What is sold and where it is kept: SKUs, locations, and files of both with their first stock.
 
-A repeat of a request id finds the first answer beside the SKU or location that it was about (`store.Request`).
+A repeat of a request id finds the first answer beside the SKU or location that it was about (`store.Request`). Of an
+import it finds what was sent under each row's number, and what became of it beside its SKU.
 """
 
 from collections.abc import Sequence
@@ -123,36 +124,45 @@ class Catalogue:
         """What is wrong with rows that are well formed: where they go, what is archived, what was sent before."""
         if not rows:
             return []
-        known: dict[tuple[str, str], store.Request] = {}
+        altered: set[int] = set()
         async with self._database.connection() as connection:
             for start in range(0, len(rows), IMPORT_CHUNK_ROWS):
-                ids = [_import_id(request_id, row) for row in rows[start : start + IMPORT_CHUNK_ROWS]]
-                known |= await store.read_requests(connection, ids)
+                chunk = rows[start : start + IMPORT_CHUNK_ROWS]
+                altered |= _altered(request_id, chunk, await _begun(connection, request_id, chunk))
             skus = await store.unknown_skus(connection, {row.sku[0] for row in rows})
             locations = await store.unknown_locations(connection, {row.location for row in rows})
         archived = {sku: True for sku, known in skus.items() if known}
         errors: list[tuple[int, Refusal]] = []
         for row in rows:
-            first = known.get(_import_id(request_id, row))
             refusal = next(unknown(row.sku[0], row.location, archived, locations), None)
-            if first and first.fingerprint != row.fingerprint:
+            if row.row_number in altered:
                 refusal = reused(request_id)
             if refusal:
                 errors.append((row.row_number, refusal))
         return errors
 
     async def import_rows(self, request_id: str, rows: Sequence[ImportRow]) -> tuple[int, int]:
-        """Apply checked rows in chunks, each row once; return (applied, known from before)."""
+        """Apply checked rows in chunks, each row once; return (applied, known from before).
+
+        What a row's number stands for is kept before the row is applied: a file whose rows have moved on is found out
+        however far it came.
+        """
         known = 0
         for start in range(0, len(rows), IMPORT_CHUNK_ROWS):
             chunk = rows[start : start + IMPORT_CHUNK_ROWS]
 
             async def work(connection: Connection, chunk: Sequence[ImportRow] = chunk) -> int:
+                begun = await _begun(connection, request_id, chunk)
+                if _altered(request_id, chunk, begun):  # meanwhile
+                    raise reused(request_id)
                 skus = sorted({row.sku[0]: row.sku for row in reversed(chunk)}.values())
                 made = await connection.fetch(store.INSERT_SKUS, *store.split(skus))
                 await outbox.write(connection, [codec.sku_changed(row) for row in made])
                 await store.make_stock(connection, [(row.sku[0], row.location) for row in chunk])
-                return len(await store.read_requests(connection, [_import_id(request_id, row) for row in chunk]))
+                numbers = {_number_id(request_id, row): row.fingerprint for row in chunk}
+                fresh = [store.Request(*one, content) for one, content in numbers.items() if one not in begun]
+                await store.insert_requests(connection, fresh)
+                return sum(_import_id(request_id, row) in begun for row in chunk)
 
             known += await self._database.run(work)
             asks = [ask for row in chunk for ask in _imported(request_id, row)]
@@ -185,12 +195,36 @@ def _check_etag(row: Record, etag: int | None) -> None:
 
 
 def _location_key(location: str) -> str:
-    """Locations share `request` with SKUs; no code has a space."""
+    """Locations and imports share `request` with SKUs; no code has a space."""
     return f"location {location}"
 
 
 def _import_id(request_id: str, row: ImportRow) -> tuple[str, str]:
+    """A row that was applied, as its adjustment has it."""
     return row.sku[0], f"{request_id}#{row.row_number}"
+
+
+def _number_id(request_id: str, row: ImportRow) -> tuple[str, str]:
+    """A row's number in its import, whatever its SKU."""
+    return f"import {request_id}", f"#{row.row_number}"
+
+
+async def _begun(
+    connection: Connection, request_id: str, rows: Sequence[ImportRow]
+) -> dict[tuple[str, str], store.Request]:
+    """What is known of rows of an import. Earlier releases have kept no numbers."""
+    ids = [name(request_id, row) for row in rows for name in (_number_id, _import_id)]
+    return await store.read_requests(connection, ids)
+
+
+def _altered(request_id: str, rows: Sequence[ImportRow], begun: dict[tuple[str, str], store.Request]) -> set[int]:
+    """The numbers of those rows that had other content before."""
+    return {
+        row.row_number
+        for row in rows
+        for name in (_number_id, _import_id)
+        if (first := begun.get(name(request_id, row))) and first.fingerprint != row.fingerprint
+    }
 
 
 def _imported(request_id: str, row: ImportRow) -> list[Adjustment]:

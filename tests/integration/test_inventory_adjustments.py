@@ -7,9 +7,10 @@ from uuid import uuid4
 import pytest
 from holdfast.inventory.v1 import inventory_pb2 as ip
 
-from services.inventory import store
+from services.inventory import catalogue, store
+from services.inventory.catalogue import Catalogue
 from services.inventory.commands import Commands
-from services.inventory.domain import Adjustment, Change
+from services.inventory.domain import Adjustment, Change, ImportRow
 from shared.database import Database
 from shared.refusal import Refusal
 from tests.integration.goods import assert_sound, hold, put, stock
@@ -194,3 +195,84 @@ async def test_stock_made_while_its_sku_is_archived_is_closed(commands: Commands
     assert answer.reason == "SKU_ARCHIVED"
     async with inventory_db.connection() as connection:
         assert not await connection.fetchval("SELECT bool_or(active) FROM stock WHERE sku = 'A'")
+
+
+def row(number: int, sku: str, quantity: int = 1) -> ImportRow:
+    content = repr((number, sku, quantity)).encode()
+    return ImportRow(number, (sku, sku, "", "piece", "", 0), "MAIN", quantity, 0, 0, content)
+
+
+async def test_an_import_whose_rows_have_moved_on_is_found_out(commands: Commands, inventory_db: Database) -> None:
+    """Without its first row each number stands for another SKU: all of them are bad, but for one that is new."""
+    await put(commands, "A", 0)
+    imports = Catalogue(inventory_db, commands)
+    skus = ["A", "B", "C", "D"]
+    rows = [row(n, sku) for n, sku in enumerate(skus, 1)]
+    assert await imports.import_rows("R", rows) == (4, 0)
+    shifted = [*(row(n, sku) for n, sku in enumerate(skus[1:], 1)), row(5, "E")]
+    errors = await imports.check_import("R", shifted)
+    assert [(number, refusal.reason) for number, refusal in errors] == [(n, "REQUEST_ID_REUSED") for n in (1, 2, 3)]
+    with pytest.raises(Refusal):
+        await imports.import_rows("R", shifted)
+    assert [await stock(inventory_db, sku) for sku in skus] == [(1, 0)] * 4
+    assert not await imports.check_import("R", rows)
+    assert await imports.import_rows("R", rows) == (0, 4)
+    assert not await imports.check_import("other", shifted)
+    await assert_sound(inventory_db)
+
+
+async def test_an_import_that_was_interrupted_goes_on(
+    commands: Commands, inventory_db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Wherever that was; rows that were begun and not applied are, and their numbers stand for them by then."""
+    monkeypatch.setattr(catalogue, "IMPORT_CHUNK_ROWS", 2)
+    await put(commands, "A", 0)
+    imports = Catalogue(inventory_db, commands)
+    rows = [row(n, sku) for n, sku in enumerate("ABCDE", 1)]
+    adjust = commands.adjust
+    asked = 0
+
+    async def interrupted(adjustments: list[Adjustment]) -> object:
+        nonlocal asked
+        asked += 1
+        if asked == 2:
+            raise ConnectionError
+        return await adjust(adjustments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(commands, "adjust", interrupted)
+        with pytest.raises(ConnectionError):
+            await imports.import_rows("R", rows)
+    assert [number for number, _ in await imports.check_import("R", [row(3, "A"), row(5, "A")])] == [3]
+    assert not await imports.check_import("R", rows)
+    assert await imports.import_rows("R", rows) == (3, 2)
+    assert [await stock(inventory_db, sku) for sku in "ABCDE"] == [(1, 0)] * 5
+    await assert_sound(inventory_db)
+
+
+async def test_an_import_that_an_earlier_release_began_goes_on(commands: Commands, inventory_db: Database) -> None:
+    """It has kept what it applied, and no numbers."""
+    await put(commands, "A", 0)
+    imports = Catalogue(inventory_db, commands)
+    await imports.import_rows("R", [row(1, "A")])
+    async with inventory_db.connection() as connection:
+        await connection.execute("DELETE FROM request WHERE key = 'import R'")
+    assert [number for number, _ in await imports.check_import("R", [row(1, "A", 2)])] == [1]
+    assert await imports.import_rows("R", [row(1, "A"), row(2, "B")]) == (1, 1)
+    assert [number for number, _ in await imports.check_import("R", [row(1, "B")])] == [1]
+    assert await stock(inventory_db, "A") == (1, 0)
+
+
+async def test_two_imports_of_one_id_at_once_are_one(commands: Commands, inventory_db: Database) -> None:
+    """Of the same content both are answered, of other content one is refused; each row is applied once."""
+    await put(commands, "A", 0)
+    imports = Catalogue(inventory_db, commands)
+    rows = [row(n, sku) for n, sku in enumerate("ABC", 1)]
+    await asyncio.gather(imports.import_rows("R", rows), imports.import_rows("R", rows))
+    assert [await stock(inventory_db, sku) for sku in "ABC"] == [(1, 0)] * 3
+    answers = await asyncio.gather(*(imports.import_rows("S", [row(1, sku)]) for sku in "DE"), return_exceptions=True)
+    (refused,) = [answer for answer in answers if isinstance(answer, Refusal)]
+    assert refused.reason == "REQUEST_ID_REUSED"
+    async with inventory_db.connection() as connection:
+        assert await connection.fetchval("SELECT sum(on_hand) FROM stock WHERE sku IN ('D', 'E')") == 1
+    await assert_sound(inventory_db)
