@@ -807,7 +807,10 @@ def _movement(row: Record) -> tuple[Movement, datetime]:
 async def movements_after(
     connection: Connection, versions: Mapping[Key, int], movements_max: int
 ) -> list[tuple[Movement, datetime]]:
-    """The next movements of each key after a version, at most `movements_max` a key, by key and version."""
+    """The next movements of keys after their versions, by key and version: as many of each that has moved.
+
+    At most `movements_max`, and at least one of each.
+    """
     keys = sorted(versions)
     asked = [*split(keys), [versions[key] for key in keys]]
     moved = await connection.fetch(MOVED, *asked)
@@ -818,7 +821,8 @@ async def movements_after(
         [row["location"] for row in moved],
         [row["known"] for row in moved],
     ]
-    return [_movement(row) for row in await connection.fetch(MOVEMENTS_AFTER, *later, movements_max)]
+    each = max(1, movements_max // len(moved))
+    return [_movement(row) for row in await connection.fetch(MOVEMENTS_AFTER, *later, each)]
 
 
 def drift(row: Record) -> Drift:

@@ -14,7 +14,7 @@ from services.inventory.domain import Key, Movement, Reason, Stock
 from shared.database import Database
 from shared.refusal import Refusal
 
-MOVEMENTS_MAX = 500
+MOVEMENTS_MAX = 5_000  # read at a time, of all keys of a stream
 
 
 class Watch:

@@ -5,9 +5,10 @@ from datetime import UTC, datetime
 
 import pytest
 
-from services.inventory import store
+from services.inventory import store, watch
 from services.inventory.commands import Commands
-from services.inventory.domain import Kind
+from services.inventory.domain import Kind, Movement
+from services.inventory.watch import Watch
 from shared.database import Database
 from tests.integration.goods import assert_sound, change, hold, put
 
@@ -89,3 +90,24 @@ async def test_partitions_are_made_ahead(inventory_db: Database) -> None:
         for _ in range(2):
             await store.make_partitions(connection, datetime.now(UTC), 12)
             assert await connection.fetchval(count) == 13
+
+
+async def test_a_watch_reads_so_many_movements_at_a_time_of_however_many_keys(
+    commands: Commands, inventory_db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """While there are more it goes on at once, and sees each of them once and in order."""
+    keys = [(f"S{n}", "MAIN") for n in range(4)]
+    for sku, _ in keys:
+        for _ in range(10):
+            await put(commands, sku, 1)
+    versions = dict.fromkeys(keys, 1)
+    async with inventory_db.connection() as connection:
+        for most, found in ((9, 8), (2, 4), (1_000, 36)):
+            assert len(await store.movements_after(connection, versions, most)) == found
+    monkeypatch.setattr(watch, "MOVEMENTS_MAX", 9)
+    follow = Watch(inventory_db, poll_seconds=60, streams_max=1).follow([(key, 1) for key in keys])
+    async with asyncio.timeout(20):
+        seen = [(await anext(follow))[0] for _ in range(36)]
+    await follow.aclose()  # type: ignore[attr-defined]
+    moved = [movement.after for movement in seen if isinstance(movement, Movement)]
+    assert sorted((stock.sku, stock.version) for stock in moved) == [(sku, n) for sku, _ in keys for n in range(2, 11)]
