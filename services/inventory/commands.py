@@ -295,8 +295,6 @@ class Commands:
             holds = await store.read_holds(connection, {(sku, one.hold_id) for one in changes for sku in one.skus})
             try:
                 made = [_taking(change, holds.get(change.hold_id, ())) for change in changes]
-                if not all(taken or change.kind is Kind.EXPIRE for change, taken, _, _ in made):
-                    return None
                 stocks, now = await store.change(connection, made)
             except (*CONTESTED, asyncpg.DivisionByZeroError, Refusal):
                 return None

@@ -551,18 +551,25 @@ def grouped(items: Iterable[Item], by: Callable[[Item], By]) -> dict[By, list[It
 
 
 def take(change: HoldChange, rows: Sequence[HoldRow], now: datetime) -> list[tuple[HoldRow, int]]:
-    """The rows that a commit or release takes from, and how much of each; or a Refusal.
+    """The rows that a commit or release takes from, and how much of each, never nothing; or a Refusal.
 
     `rows` are the hold's rows of the SKUs that the change names.
     """
     open_rows = _open_rows(change, rows)
     if any(row.expires_at <= now for row in open_rows):
         raise Refusal(Reason.HOLD_EXPIRED, f"the time of hold {change.hold_id} has come", hold_id=change.hold_id)
-    left = {(row.sku, row.slot): row.held for row in open_rows}
-    by_sku = grouped(open_rows, lambda row: row.sku)
+    left = {(row.sku, row.slot): row.held for row in rows}
+    by_sku = grouped(rows, lambda row: row.sku)
     taken: list[tuple[HoldRow, int]] = []
     for line in change.lines:
-        mine = [row for row in by_sku.get(line.sku, ()) if line.location in {"", row.location}]
+        mine = [row for row in by_sku[line.sku] if line.location in {"", row.location}]
+        if not mine:
+            raise Refusal(
+                Reason.HOLD_NOT_FOUND,
+                f"hold {change.hold_id} holds nothing of {line.sku} at {line.location}",
+                hold_id=change.hold_id,
+                sku=line.sku,
+            )
         held = sum(left[row.sku, row.slot] for row in mine)
         wanted = line.quantity or held
         if wanted > held:
@@ -580,6 +587,8 @@ def take(change: HoldChange, rows: Sequence[HoldRow], now: datetime) -> list[tup
                 left[row.sku, row.slot] -= quantity
                 wanted -= quantity
                 taken.append((row, quantity))
+    if not taken:
+        raise _closed(change)
     return taken
 
 
@@ -645,6 +654,10 @@ def _open_rows(change: HoldChange, rows: Sequence[HoldRow]) -> list[HoldRow]:
         raise Refusal(Reason.HOLD_EXPIRED, f"the time of hold {change.hold_id} has come", hold_id=change.hold_id)
     open_rows = [row for row in rows if row.held]
     if not open_rows:
-        skus = ", ".join(change.skus)
-        raise Refusal(Reason.HOLD_CLOSED, f"{change.hold_id} holds nothing of {skus} any more", hold_id=change.hold_id)
+        raise _closed(change)
     return open_rows
+
+
+def _closed(change: HoldChange) -> Refusal:
+    skus = ", ".join(change.skus)
+    return Refusal(Reason.HOLD_CLOSED, f"{change.hold_id} holds nothing of {skus} any more", hold_id=change.hold_id)

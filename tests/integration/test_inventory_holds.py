@@ -319,6 +319,34 @@ async def test_changes_are_partial_repeated_and_bounded(commands: Commands, inve
     await assert_sound(inventory_db)
 
 
+async def test_a_change_that_would_take_nothing_is_refused(commands: Commands, inventory_db: Database) -> None:
+    """Of a place that is sold already or never had any; what is held elsewhere stays. The exact way says the same."""
+    for location in ("X", "Y"):
+        await put(commands, "A", 5, location)
+    await commands.place([hold("h", ("A", "X", 2), ("A", "Y", 3)), hold("other", ("A", "X", 1))])
+    (sold,) = await commands.change([change("h", Kind.COMMIT, ("A", "X", 0), request_id="c")])
+    assert isinstance(sold, Changed)
+    longer = change("other", Kind.HOLD, ("A", "", 0), ttl_seconds=3_600)
+    for batch in ([], [longer]):  # at once, and exactly
+        for lines, reason in (
+            ([("A", "X", 0)], "HOLD_CLOSED"),
+            ([("A", "Z", 0)], "HOLD_NOT_FOUND"),
+            ([("A", "Z", 0), ("A", "Y", 1)], "HOLD_NOT_FOUND"),
+            ([("A", "X", 1)], "HOLD_QUANTITY_EXCEEDED"),
+        ):
+            (*_, answer) = await commands.change([*batch, change("h", Kind.COMMIT, *lines)])
+            assert isinstance(answer, Refusal)
+            assert answer.reason == reason
+    (again,) = await commands.change([change("h", Kind.COMMIT, ("A", "X", 0), request_id="c")])
+    assert isinstance(again, Changed)
+    assert again.replayed
+    (rest,) = await commands.change([change("h", Kind.COMMIT, ("A", "X", 0), ("A", "Y", 0))])
+    assert isinstance(rest, Changed)
+    assert [(part.location, part.quantity) for part in rest.allocations] == [("Y", 3)]
+    assert [await stock(inventory_db, "A", at) for at in ("X", "Y")] == [(3, 1), (2, 0)]
+    await assert_sound(inventory_db)
+
+
 async def test_extension_moves_the_expiry_within_its_bound(commands: Commands) -> None:
     """An extension never shortens, and a hold lives at most seven days."""
     await put(commands, "A", 10)

@@ -191,7 +191,7 @@ CHANGES = st.tuples(
         st.tuples(
             IDS,
             st.sampled_from([Kind.COMMIT, Kind.RELEASE, Kind.HOLD, Kind.EXPIRE]),
-            st.lists(st.tuples(SKUS, st.just(""), st.integers(0, 3)), min_size=1, max_size=2),
+            st.lists(st.tuples(SKUS, st.sampled_from(["", "", "X", "Y"]), st.integers(0, 3)), min_size=1, max_size=2),
             st.sampled_from(["c1", "c2", "c3"]),
         ),
         min_size=1,

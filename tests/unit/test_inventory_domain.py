@@ -1,5 +1,6 @@
 """Inventory's transitions: every state of a hold against every action, and plans that add up."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -72,6 +73,39 @@ def test_a_hold_of_which_anything_expired_is_expired_whole() -> None:
     with pytest.raises(Refusal) as refused:
         domain.take(change(0), [row(expired=1), row(held=5)], NOW)
     assert refused.value.reason == "HOLD_EXPIRED"
+
+
+@pytest.mark.parametrize(
+    ("lines", "expected"),
+    [
+        ([("A", "X", 0)], "HOLD_CLOSED"),
+        ([("A", "X", 0), ("B", "", 0)], "HOLD_CLOSED"),
+        ([("A", "W", 0)], "HOLD_NOT_FOUND"),
+        ([("A", "W", 1)], "HOLD_NOT_FOUND"),
+        ([("A", "W", 0), ("A", "Y", 2)], "HOLD_NOT_FOUND"),
+        ([("A", "X", 1)], "HOLD_QUANTITY_EXCEEDED"),
+        ([("A", "X", 0), ("A", "Y", 2)], [("Y", 2)]),
+        ([("A", "", 0), ("B", "", 0)], [("Y", 3)]),
+        ([("A", "Y", 0), ("A", "Y", 0)], [("Y", 3)]),
+    ],
+)
+def test_a_change_takes_something_and_where_it_says(
+    lines: list[tuple[str, str, int]], expected: str | list[tuple[str, int]]
+) -> None:
+    """A at X and B are sold, three A are held at Y, and W never had any."""
+    rows = [
+        replace(row(committed=2), location="X"),
+        replace(row(held=3), slot=1, location="Y"),
+        replace(row(committed=1), sku="B", location="Y"),
+    ]
+    asked = HoldChange("h", "r", Kind.COMMIT, tuple(ChangeLine(*line) for line in lines), b"")
+    rows = [one for one in rows if one.sku in asked.skus]
+    if isinstance(expected, str):
+        with pytest.raises(Refusal) as refused:
+            domain.take(asked, rows, NOW)
+        assert refused.value.reason == expected
+    else:
+        assert [(taken.location, units) for taken, units in domain.take(asked, rows, NOW)] == expected
 
 
 def test_only_what_is_held_is_extended() -> None:
