@@ -659,5 +659,6 @@ def _open_rows(change: HoldChange, rows: Sequence[HoldRow]) -> list[HoldRow]:
 
 
 def _closed(change: HoldChange) -> Refusal:
-    skus = ", ".join(change.skus)
-    return Refusal(Reason.HOLD_CLOSED, f"{change.hold_id} holds nothing of {skus} any more", hold_id=change.hold_id)
+    sku, *others = change.skus
+    named = f"{sku} and {len(others)} more" if others else sku  # all of them would not fit into a trailer
+    return Refusal(Reason.HOLD_CLOSED, f"{change.hold_id} no longer holds anything of {named}", hold_id=change.hold_id)

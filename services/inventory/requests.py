@@ -27,6 +27,7 @@ BATCH_ITEMS_MAX = 1_000
 BATCH_LINES_MAX = 10_000
 HOLD_LINES_MAX = 2_000
 IMPORT_ROWS_MAX = 200_000
+PATH_CHARACTERS_MAX = 64
 
 _CHANGES = {
     inventory_pb2.ADJUSTMENT_REASON_RECEIVE: Change.RECEIVE,
@@ -68,7 +69,9 @@ def mask(value: FieldMask, allowed: Sequence[str]) -> list[str]:
     """The fields that a mask names."""
     for path in value.paths or [""]:
         if path not in allowed:
-            raise Refusal("FIELD_MASK_INVALID", f"update_mask must name some of {', '.join(allowed)}", field=path)
+            # A path may be as long as a message; what is told of it fits into a trailer.
+            told = path[:PATH_CHARACTERS_MAX]
+            raise Refusal("FIELD_MASK_INVALID", f"update_mask must name some of {', '.join(allowed)}", field=told)
     return list(value.paths)
 
 

@@ -5,10 +5,11 @@ from datetime import UTC, datetime, timedelta
 from typing import Any
 
 import pytest
+from google.protobuf.field_mask_pb2 import FieldMask
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from services.inventory import domain
+from services.inventory import domain, requests
 from services.inventory.domain import ChangeLine, HoldChange, HoldLine, HoldRequest, HoldRow, Kind, Mode, Shelf, Stock
 from shared.refusal import Refusal
 
@@ -106,6 +107,19 @@ def test_a_change_takes_something_and_where_it_says(
         assert refused.value.reason == expected
     else:
         assert [(taken.location, units) for taken, units in domain.take(asked, rows, NOW)] == expected
+
+
+def test_a_refusal_names_one_sku_of_many() -> None:
+    """It travels in a trailer, which gRPC bounds at 8 KiB."""
+    rows = [replace(row(committed=1), sku=f"A-SKU-WITH-A-LONG-CODE-{n:04}") for n in range(1_000)]
+    asked = replace(change(0), lines=tuple(ChangeLine(one.sku, "", 0) for one in rows))
+    with pytest.raises(Refusal) as refused:
+        domain.take(asked, rows, NOW)
+    assert refused.value.reason == "HOLD_CLOSED"
+    assert refused.value.message == "h no longer holds anything of A-SKU-WITH-A-LONG-CODE-0000 and 999 more"
+    with pytest.raises(Refusal) as masked:
+        requests.mask(FieldMask(paths=["x" * 100_000]), ("name",))
+    assert masked.value.metadata == {"field": "x" * 64}
 
 
 def test_only_what_is_held_is_extended() -> None:
