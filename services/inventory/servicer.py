@@ -4,6 +4,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from typing import TypeVar
 
 import grpc
+from google.protobuf.message import Message
 from holdfast.inventory.v1 import inventory_pb2 as pb
 from holdfast.inventory.v1 import inventory_pb2_grpc
 
@@ -190,19 +191,19 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
     # -- stock ------------------------------------------------------------------------------------
 
     async def SetStockPolicy(self, request: pb.SetStockPolicyRequest, context: Context) -> pb.SetStockPolicyResponse:
-        answer = (await self._submit(self._adjust, [requests.policy(request)], context))[0]
+        (answer,) = await self._submit(self._adjust, [requests.policy(request)], request, context)
         return pb.SetStockPolicyResponse(stock=_value(answer).stocks[0])
 
     async def AdjustStock(self, request: pb.AdjustStockRequest, context: Context) -> pb.AdjustStockResponse:
         ask = requests.adjustment(request.adjustment, "adjustment")
-        return _value((await self._submit(self._adjust, [ask], context))[0])
+        return _value((await self._submit(self._adjust, [ask], request, context))[0])
 
     async def BatchAdjustStock(
         self, request: pb.BatchAdjustStockRequest, context: Context
     ) -> pb.BatchAdjustStockResponse:
         check.count(len(request.adjustments), "adjustments", requests.BATCH_ITEMS_MAX)
         asks = _each(request.adjustments, requests.adjustment, "adjustments")
-        answers = await self._submit_good(self._adjust, asks, context)
+        answers = await self._submit_good(self._adjust, asks, request, context)
         return pb.BatchAdjustStockResponse(
             results=[
                 pb.AdjustStockResult(error=codec.item_error(answer, ERRORS))
@@ -230,7 +231,7 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
         asks = [Ask(key, least) for key, least in keys if key[1]]
         near = [self._cache.local(ask) for ask in asks]
         if None in near:
-            near = [_value(read) for read in await self._submit(self._read, asks, context)]
+            near = [_value(read) for read in await self._submit(self._read, asks, request, context)]
         else:
             metrics.CACHE_READS.labels("memory").inc(len(near))
         seen = iter(near)
@@ -258,7 +259,7 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
         check.count(len(request.holds), "holds", requests.BATCH_ITEMS_MAX)
         check.count(sum(len(h.lines) for h in request.holds), "lines", requests.BATCH_LINES_MAX, least=0)
         holds = _each(request.holds, requests.hold, "holds")
-        answers = await self._submit_good(self._place, holds, context)
+        answers = await self._submit_good(self._place, holds, request, context)
         return pb.PlaceHoldsResponse(
             results=[
                 pb.HoldResult(hold_id=asked.hold_id, error=codec.item_error(answer, ERRORS))
@@ -269,43 +270,54 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
         )
 
     async def CommitHolds(self, request: pb.CommitHoldsRequest, context: Context) -> pb.CommitHoldsResponse:
-        results = await self._changes(request.changes, Kind.COMMIT, context)
+        results = await self._changes(request, Kind.COMMIT, context)
         return pb.CommitHoldsResponse(results=results)
 
     async def ReleaseHolds(self, request: pb.ReleaseHoldsRequest, context: Context) -> pb.ReleaseHoldsResponse:
         kind = Kind.EXPIRE if request.expired_only else Kind.RELEASE
-        return pb.ReleaseHoldsResponse(results=await self._changes(request.changes, kind, context))
+        return pb.ReleaseHoldsResponse(results=await self._changes(request, kind, context))
 
     async def ExtendHolds(self, request: pb.ExtendHoldsRequest, context: Context) -> pb.ExtendHoldsResponse:
         check.count(len(request.extensions), "extensions", requests.BATCH_ITEMS_MAX)
         changes = _each(request.extensions, requests.hold_extension, "extensions")
-        answers = await self._submit_good(self._change, changes, context)
+        answers = await self._submit_good(self._change, changes, request, context)
         ids = [extension.hold_id for extension in request.extensions]
         return pb.ExtendHoldsResponse(results=_change_results(ids, answers))
 
-    async def _changes(self, items: Sequence[pb.HoldChange], kind: Kind, context: Context) -> list[pb.HoldChangeResult]:
-        check.count(len(items), "changes", requests.BATCH_ITEMS_MAX)
-        changes = _each(items, lambda item, field: requests.hold_change(item, kind, field), "changes")
-        answers = await self._submit_good(self._change, changes, context)
-        return _change_results([item.hold_id for item in items], answers)
+    async def _changes(
+        self, request: pb.CommitHoldsRequest | pb.ReleaseHoldsRequest, kind: Kind, context: Context
+    ) -> list[pb.HoldChangeResult]:
+        check.count(len(request.changes), "changes", requests.BATCH_ITEMS_MAX)
+        changes = _each(request.changes, lambda item, field: requests.hold_change(item, kind, field), "changes")
+        answers = await self._submit_good(self._change, changes, request, context)
+        return _change_results([item.hold_id for item in request.changes], answers)
 
     # -- batches ----------------------------------------------------------------------------------
 
     async def _submit(
-        self, batcher: Batcher[Sequence[Item], list[Result]], items: Sequence[Item], context: Context
+        self,
+        batcher: Batcher[Sequence[Item], list[Result]],
+        items: Sequence[Item],
+        request: Message,
+        context: Context,
     ) -> list[Result]:
-        seconds_left = context.time_remaining()
-        return await batcher.submit(items, lines=_lines(items), seconds_left=seconds_left) if items else []
+        """Submit the items of a request."""
+        if not items:
+            return []
+        return await batcher.submit(
+            items, lines=_lines(items), size_bytes=request.ByteSize(), seconds_left=context.time_remaining()
+        )
 
     async def _submit_good(
         self,
         batcher: Batcher[Sequence[Item], list[Result | Refusal]],
         items: Sequence[Item | Refusal],
+        request: Message,
         context: Context,
     ) -> list[Result | Refusal]:
         """Submit the items that were well formed; the others keep their refusal, in their place."""
         good = [item for item in items if not isinstance(item, Refusal)]
-        answers = iter(await self._submit(batcher, good, context))
+        answers = iter(await self._submit(batcher, good, request, context))
         return [item if isinstance(item, Refusal) else next(answers) for item in items]
 
     async def _sums(self, skus: Sequence[str]) -> dict[str, pb.Stock]:

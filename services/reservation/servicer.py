@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import grpc
+from google.protobuf.message import Message
 from holdfast.reservation.v1 import reservation_pb2 as pb
 from holdfast.reservation.v1 import reservation_pb2_grpc
 
@@ -137,15 +138,15 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
             _leave(waiting)
 
     async def Confirm(self, request: pb.ConfirmRequest, context: Context) -> pb.ConfirmResponse:
-        reservation, replayed = await self._changed(codec.change(request, Action.CONFIRM), context)
+        reservation, replayed = await self._changed(codec.change(request, Action.CONFIRM), request, context)
         return pb.ConfirmResponse(reservation=codec.reservation(reservation), replayed=replayed)
 
     async def Cancel(self, request: pb.CancelRequest, context: Context) -> pb.CancelResponse:
-        reservation, replayed = await self._changed(codec.change(request, Action.CANCEL), context)
+        reservation, replayed = await self._changed(codec.change(request, Action.CANCEL), request, context)
         return pb.CancelResponse(reservation=codec.reservation(reservation), replayed=replayed)
 
     async def Extend(self, request: pb.ExtendRequest, context: Context) -> pb.ExtendResponse:
-        reservation, replayed = await self._changed(codec.extension(request), context)
+        reservation, replayed = await self._changed(codec.extension(request), request, context)
         return pb.ExtendResponse(reservation=codec.reservation(reservation), replayed=replayed)
 
     async def GetReservation(self, request: pb.GetReservationRequest, context: Context) -> pb.GetReservationResponse:
@@ -200,8 +201,11 @@ class Servicer(reservation_pb2_grpc.ReservationServiceServicer):
         except Refusal as refusal:
             return refusal
 
-    async def _changed(self, change: Change, context: Context) -> Outcome:
-        return await self._change.submit(change, lines=len(change.lines) or 1, seconds_left=context.time_remaining())
+    async def _changed(self, change: Change, request: Message, context: Context) -> Outcome:
+        seconds_left = context.time_remaining()
+        return await self._change.submit(
+            change, lines=len(change.lines) or 1, size_bytes=request.ByteSize(), seconds_left=seconds_left
+        )
 
 
 def _leave(waiting: Iterable[asyncio.Future[Told]]) -> None:

@@ -2,16 +2,21 @@
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from holdfast.reservation.v1 import reservation_pb2 as pb
+from google.protobuf.message import Message
+from holdfast.inventory.v1 import inventory_pb2 as ip
+from holdfast.reservation.v1 import reservation_pb2 as rp
 from pydantic import SecretStr
 
+from services.inventory import servicer as inventory
+from services.inventory.settings import Settings as InventorySettings
+from services.reservation import servicer as reservation
 from services.reservation.commands import Told
 from services.reservation.domain import Ask
-from services.reservation.servicer import Servicer
-from services.reservation.settings import Settings
+from services.reservation.settings import Settings as ReservationSettings
 from shared.batching import Batcher
 from shared.refusal import Refusal
 
@@ -72,6 +77,63 @@ async def test_a_full_queue_refuses_at_once() -> None:
     assert many.value.metadata == {"queue": "test", "limit": "2"}
     work.go.set()
     assert list(await asyncio.gather(first, second, third)) == [0, 10, 30]
+
+
+STOCK = ip.StockAdjustment(
+    request_id="r", key=ip.StockKey(sku="A", location="MAIN"), reason=ip.ADJUSTMENT_REASON_RECEIVE, quantity=1
+)
+HOLD = ip.HoldRequest(hold_id="h", lines=[ip.HoldLine(sku="A", quantity=1)])
+CHANGE = ip.HoldChange(hold_id="h", request_id="r", lines=[ip.HoldChangeLine(sku="A")])
+CALLS = [
+    ip.SetStockPolicyRequest(request_id="r", key=STOCK.key),
+    ip.AdjustStockRequest(adjustment=STOCK),
+    ip.BatchAdjustStockRequest(adjustments=[STOCK]),
+    ip.GetAvailabilityRequest(keys=[ip.AvailabilityKey(sku="A", location="MAIN")]),
+    ip.PlaceHoldsRequest(holds=[HOLD]),
+    ip.CommitHoldsRequest(changes=[CHANGE]),
+    ip.ReleaseHoldsRequest(changes=[CHANGE]),
+    ip.ExtendHoldsRequest(extensions=[ip.HoldExtension(hold_id="h", request_id="r", skus=["A"])]),
+    rp.ReserveRequest(reservation_id="x", lines=[rp.ReservationLine(sku="A", quantity=1)]),
+    rp.ConfirmRequest(reservation_id="x", request_id="r"),
+    rp.CancelRequest(reservation_id="x", request_id="r"),
+    rp.ExtendRequest(reservation_id="x", request_id="r"),
+]
+
+
+@pytest.mark.parametrize("request_", CALLS, ids=lambda call: call.DESCRIPTOR.name)
+async def test_a_call_that_waits_counts_by_its_bytes(request_: Message) -> None:
+    """Behind one that is decided there is room for one, and not for two."""
+    began, go = asyncio.Event(), asyncio.Event()
+
+    async def handle(items: Sequence[object]) -> list[Refusal]:
+        began.set()
+        await go.wait()
+        return [Refusal("DATABASE_UNAVAILABLE", "") for _ in items]
+
+    settings: dict[str, Any] = {
+        "database_dsn": "postgresql://nobody@localhost/nothing",
+        "queue_bytes_max": request_.ByteSize() * 3 // 2,
+    }
+    commands: Any = SimpleNamespace(place=handle, change=handle, adjust=handle, reserve=handle)
+    nothing: Any = SimpleNamespace(read=handle, local=lambda _ask: None)
+    context: Any = SimpleNamespace(time_remaining=lambda: None)
+    servicer: object
+    if request_.DESCRIPTOR.file.package.startswith("holdfast.inventory"):
+        servicer = inventory.Servicer(InventorySettings(**settings), nothing, commands, nothing, nothing)
+    else:
+        settings |= {"inventory_target": "ipv4:127.0.0.1:1", "subject_keys": "k1=AAAAAAAAAAAAAAAAAAAAAA=="}
+        servicer = reservation.Servicer(ReservationSettings(**settings), nothing, commands, nothing)
+    call = getattr(servicer, request_.DESCRIPTOR.name.removesuffix("Request"))
+    waiting = [asyncio.ensure_future(call(request_, context))]
+    await began.wait()
+    waiting.append(asyncio.ensure_future(call(request_, context)))
+    await asyncio.sleep(0)
+    with pytest.raises(Refusal) as refused:
+        async with asyncio.timeout(1):
+            await call(request_, context)
+    assert refused.value.reason == "OVERLOADED"
+    go.set()
+    await asyncio.gather(*waiting, return_exceptions=True)
 
 
 async def test_a_queue_that_full_batches_do_not_empty_refuses_who_would_wait_too_long() -> None:
@@ -140,7 +202,7 @@ class Desk(Work):
 
     async def reserve(self, asks: Sequence[Ask]) -> list[Told | Exception]:
         await self.handle([int(ask.reservation_id) for ask in asks])
-        return [(pb.Reservation(reservation_id=ask.reservation_id), False) for ask in asks]
+        return [(rp.Reservation(reservation_id=ask.reservation_id), False) for ask in asks]
 
     async def change(self, changes: Sequence[object]) -> list[Exception]:
         raise NotImplementedError(changes)
@@ -153,24 +215,24 @@ class Patient:
         return None
 
 
-def asked(number: int) -> pb.ReserveRequest:
-    return pb.ReserveRequest(reservation_id=str(number), lines=[pb.ReservationLine(sku="A", quantity=1)])
+def asked(number: int) -> rp.ReserveRequest:
+    return rp.ReserveRequest(reservation_id=str(number), lines=[rp.ReservationLine(sku="A", quantity=1)])
 
 
 @pytest.mark.parametrize("streamed", [False, True])
 async def test_what_a_caller_that_has_left_asked_for_is_not_reserved(*, streamed: bool) -> None:
     """Many in one call or over a stream, behind a batch that takes its time."""
     desk, context, nothing = Desk(), cast("Any", Patient()), cast("Any", None)
-    settings = Settings(
+    settings = ReservationSettings(
         database_dsn="postgresql://nobody@localhost/nothing",
         inventory_target="",
         subject_keys=SecretStr("k1=" + "A" * 24),
     )
-    edge = Servicer(settings, nothing, cast("Any", desk), nothing)
+    edge = reservation.Servicer(settings, nothing, cast("Any", desk), nothing)
 
-    async def requests() -> AsyncIterator[pb.ReserveStreamRequest]:
+    async def requests() -> AsyncIterator[rp.ReserveStreamRequest]:
         for number in (1, 2):
-            yield pb.ReserveStreamRequest(request=asked(number))
+            yield rp.ReserveStreamRequest(request=asked(number))
         await asyncio.Event().wait()
 
     async def stream() -> None:
@@ -179,7 +241,7 @@ async def test_what_a_caller_that_has_left_asked_for_is_not_reserved(*, streamed
 
     first = asyncio.ensure_future(edge.Reserve(asked(0), context))
     await started(desk)
-    batch = pb.BatchReserveRequest(requests=[asked(1), asked(2)])
+    batch = rp.BatchReserveRequest(requests=[asked(1), asked(2)])
     leaving = asyncio.ensure_future(stream() if streamed else edge.BatchReserve(batch, context))
     while len(edge._reserve._queue) < 2:
         await asyncio.sleep(0)
