@@ -135,8 +135,9 @@ class Settings(KafkaSettings, DatabaseSettings):
     database_idle_seconds_max: float = Field(
         default=0.5, ge=0, description="Silence of a transaction that has locked stock or reservations; 0: no limit."
     )
+    # No more than inventory takes in one PlaceHolds: a batch of reservation is one.
     batch_items_max: int = Field(default=512, ge=1, le=1000, description="Calls in one batch.")
-    batch_lines_max: int = Field(default=4096, ge=1, description="Lines in one batch.")
+    batch_lines_max: int = Field(default=4096, ge=1, le=10_000, description="Lines in one batch.")
     queue_items_max: int = Field(default=4096, ge=1, description="Calls that wait; more are refused.")
     queue_bytes_max: int = Field(default=32 << 20, ge=1, description="Bytes that wait; more are refused.")
     queue_seconds_max: float = Field(

@@ -9,8 +9,9 @@ import pytest
 from google.protobuf.message import Message
 from holdfast.inventory.v1 import inventory_pb2 as ip
 from holdfast.reservation.v1 import reservation_pb2 as rp
-from pydantic import SecretStr
+from pydantic import SecretStr, ValidationError
 
+from services.inventory import requests
 from services.inventory import servicer as inventory
 from services.inventory.settings import Settings as InventorySettings
 from services.reservation import servicer as reservation
@@ -19,6 +20,7 @@ from services.reservation.domain import Ask
 from services.reservation.settings import Settings as ReservationSettings
 from shared.batching import Batcher
 from shared.refusal import Refusal
+from shared.settings import Settings
 
 
 class Work:
@@ -134,6 +136,17 @@ async def test_a_call_that_waits_counts_by_its_bytes(request_: Message) -> None:
     assert refused.value.reason == "OVERLOADED"
     go.set()
     await asyncio.gather(*waiting, return_exceptions=True)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"), [("batch_items_max", requests.BATCH_ITEMS_MAX), ("batch_lines_max", requests.BATCH_LINES_MAX)]
+)
+def test_a_batch_of_reservation_fits_into_one_call_of_inventory(name: str, most: int) -> None:
+    """A setting with which all of it would be refused is none."""
+    dsn = "postgresql://nobody@localhost/nothing"
+    Settings.model_validate({"database_dsn": dsn, name: most})
+    with pytest.raises(ValidationError):
+        Settings.model_validate({"database_dsn": dsn, name: most + 1})
 
 
 async def test_a_queue_that_full_batches_do_not_empty_refuses_who_would_wait_too_long() -> None:
