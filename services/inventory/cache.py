@@ -185,18 +185,20 @@ class Cache:
         return found
 
     async def _write_behind(self) -> None:
-        while self._behind:
-            # What is committed meanwhile goes along; who waits for a commit's answer does not wait for this.
-            await asyncio.sleep(BEHIND_SECONDS)
-            batch, self._behind = self._behind, {}
-            if time.monotonic() < self._redis_away_until:
-                continue
-            told = {_name(key): (seen.stock.version, _encode(seen)) for key, seen in batch.items()}
-            try:
-                await redis_client.run(self._redis, self._put, [self._redis_ms], told)
-            except AWAY as error:
-                self._away(error)
-        self._writer = None
+        try:
+            while self._behind:
+                # What is committed meanwhile goes along; who waits for a commit's answer does not wait for this.
+                await asyncio.sleep(BEHIND_SECONDS)
+                batch, self._behind = self._behind, {}
+                if time.monotonic() < self._redis_away_until:
+                    continue
+                told = {_name(key): (seen.stock.version, _encode(seen)) for key, seen in batch.items()}
+                try:
+                    await redis_client.run(self._redis, self._put, [self._redis_ms], told)
+                except AWAY as error:
+                    self._away(error)
+        finally:
+            self._writer = None  # whatever it failed of, the next commit has one
 
     def _away(self, error: Exception) -> None:
         self._redis_away_until = time.monotonic() + RETRY_SECONDS

@@ -21,6 +21,7 @@ from services.reservation.commands import Commands
 from services.reservation.domain import Ask, Line, Mode
 from services.reservation.inventory import Inventory as InventoryClient
 from services.reservation.subjects import Subjects
+from shared import redis_client as redis_client_module
 from shared.channel import MESSAGE_BYTES_MAX, open_channel
 from shared.client import Holdfast
 from shared.database import Connection, Database
@@ -246,6 +247,24 @@ async def test_the_cache_keeps_the_newer_version(commands: Inventory, cache: Cac
     (seen,) = await cache.read([Read(("A", "MAIN"))])
     assert isinstance(seen, Seen)
     assert seen.stock.version == old.stock.version + 1
+
+
+async def test_what_redis_could_not_be_told_keeps_nothing_later_from_it(
+    commands: Inventory, cache: Cache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever the error is, the next commit is told."""
+
+    async def broken(*_: object) -> None:
+        raise ValueError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(redis_client_module, "run", broken)
+        await put(commands, "A", 5)
+        await cache.close()
+    await put(commands, "A", 1)
+    await cache.close()
+    told = await cache._from_redis([("A", "MAIN")])
+    assert [seen.stock.on_hand for seen in told.values()] == [6]
 
 
 async def test_what_redis_is_told_next_is_the_newer_version(commands: Inventory, cache: Cache) -> None:

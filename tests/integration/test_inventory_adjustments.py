@@ -221,6 +221,20 @@ async def test_an_import_whose_rows_have_moved_on_is_found_out(commands: Command
     await assert_sound(inventory_db)
 
 
+async def test_an_import_of_no_units_makes_a_stock_row_and_tells_of_it(
+    commands: Commands, inventory_db: Database
+) -> None:
+    """By a receipt of nothing, once: the row has a version, and who follows knows of it."""
+    await put(commands, "A", 0)
+    imports = Catalogue(inventory_db, commands)
+    assert await imports.import_rows("R", [row(1, "B", 0)]) == (1, 0)
+    assert await imports.import_rows("R", [row(1, "B", 0)]) == (0, 1)
+    async with inventory_db.connection() as connection:
+        made = await connection.fetch("SELECT version, kind, on_hand_delta FROM movement WHERE sku = 'B'")
+    assert [tuple(one) for one in made] == [(1, "RECEIVE", 0)]
+    assert await stock(inventory_db, "B") == (0, 0)
+
+
 async def test_an_import_that_was_interrupted_goes_on(
     commands: Commands, inventory_db: Database, monkeypatch: pytest.MonkeyPatch
 ) -> None:
