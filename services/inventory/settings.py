@@ -13,4 +13,5 @@ class Settings(settings.Settings):
     cache_keys_max: int = Field(default=200_000, ge=1, description="Values kept in the pod's memory.")
     watch_poll_seconds: float = Field(default=0.1, gt=0, description="Between looks at watched keys.")
     watch_streams_max: int = Field(default=200, ge=1, description="WatchStock calls at once on a pod.")
+    imports_max: int = Field(default=2, ge=1, description="ImportStock calls at once on a pod.")
     dlq_messages_max: int = Field(default=100, ge=1, description="Poison commands a minute; more stop the consumer.")

@@ -1,16 +1,22 @@
 """Adjustments on the real database: atomic each, once each, and never against what is held."""
 
 import asyncio
+from collections.abc import AsyncIterator
 from dataclasses import replace
+from typing import Any
 from uuid import uuid4
 
 import pytest
 from holdfast.inventory.v1 import inventory_pb2 as ip
 
 from services.inventory import catalogue, store
+from services.inventory.cache import Cache
 from services.inventory.catalogue import Catalogue
 from services.inventory.commands import Commands
 from services.inventory.domain import Adjustment, Change, ImportRow
+from services.inventory.servicer import Servicer
+from services.inventory.settings import Settings
+from services.inventory.watch import Watch
 from shared.database import Database
 from shared.refusal import Refusal
 from tests.integration.goods import assert_sound, hold, put, stock
@@ -275,6 +281,35 @@ async def test_an_import_that_an_earlier_release_began_goes_on(commands: Command
     assert await imports.import_rows("R", [row(1, "A"), row(2, "B")]) == (1, 1)
     assert [number for number, _ in await imports.check_import("R", [row(1, "B")])] == [1]
     assert await stock(inventory_db, "A") == (1, 0)
+
+
+async def test_so_many_imports_at_once_and_no_more(commands: Commands, cache: Cache, inventory_db: Database) -> None:
+    """The next is OVERLOADED before it is read, and has room once one of them is done or has gone."""
+    await put(commands, "A", 0)
+    settings = Settings(database_dsn="postgresql://unused")
+    servicer = Servicer(settings, inventory_db, commands, cache, Watch(inventory_db, poll_seconds=1, streams_max=1))
+    go = asyncio.Event()
+
+    async def messages(request_id: str) -> AsyncIterator[ip.ImportStockRequest]:
+        yield ip.ImportStockRequest(header=ip.ImportHeader(request_id=request_id))
+        await go.wait()
+        rows = [ip.ImportRow(row_number=1, sku=ip.Sku(sku=request_id), location="MAIN", quantity=1)]
+        yield ip.ImportStockRequest(rows=ip.ImportRows(rows=rows))
+
+    def begin(request_id: str) -> asyncio.Task[ip.ImportStockResponse]:
+        context: Any = None
+        return asyncio.create_task(servicer.ImportStock(messages(request_id), context))
+
+    first, gone = begin("B"), begin("C")
+    with pytest.raises(Refusal) as refused:
+        async with asyncio.timeout(5):
+            await begin("D")
+    assert (refused.value.reason, refused.value.metadata) == ("OVERLOADED", {"queue": "imports", "limit": "2"})
+    gone.cancel()
+    await asyncio.wait([gone])
+    third = begin("D")
+    go.set()
+    assert [answer.rows_applied for answer in await asyncio.gather(first, third)] == [1, 1]
 
 
 async def test_two_imports_of_one_id_at_once_are_one(commands: Commands, inventory_db: Database) -> None:
