@@ -152,13 +152,13 @@ class Catalogue:
             chunk = rows[start : start + IMPORT_CHUNK_ROWS]
 
             async def work(connection: Connection, chunk: Sequence[ImportRow] = chunk) -> int:
-                begun = await _begun(connection, request_id, chunk)
-                if _altered(request_id, chunk, begun):  # meanwhile
-                    raise reused(request_id)
                 skus = sorted({row.sku[0]: row.sku for row in reversed(chunk)}.values())
                 made = await connection.fetch(store.INSERT_SKUS, *store.split(skus))
                 await outbox.write(connection, [codec.sku_changed(row) for row in made])
                 await store.make_stock(connection, [(row.sku[0], row.location) for row in chunk])
+                begun = await _begun(connection, request_id, chunk)
+                if _altered(request_id, chunk, begun):  # meanwhile
+                    raise reused(request_id)
                 numbers = {_number_id(request_id, row): row.fingerprint for row in chunk}
                 fresh = [store.Request(*one, content) for one, content in numbers.items() if one not in begun]
                 await store.insert_requests(connection, fresh)
