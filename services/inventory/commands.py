@@ -53,6 +53,10 @@ _EARLY, _LATE = datetime.min.replace(tzinfo=UTC), datetime.max.replace(tzinfo=UT
 Answer = TypeVar("Answer", bound=Message)
 
 
+class _ContestedError(Exception):
+    """A batch failed with one of CONTESTED; nothing was written."""
+
+
 class _NoStockRowError(Exception):
     """A key to be adjusted has no stock row yet; nothing was changed."""
 
@@ -79,7 +83,7 @@ class Commands:
         ):
             return await self._place_in_order(requests)
         answers: dict[str, Placed | Refusal] = {}
-        with suppress(*CONTESTED):  # a hold is known, and only the exact way finds which
+        with suppress(_ContestedError, *RETRIED):  # a hold is known, and only the exact way finds which
             if all(request.mode is Mode.ALL for request in requests) and not any(
                 line.sku in self._scarce for request in requests for line in request.lines
             ):
@@ -139,7 +143,7 @@ class Commands:
     ) -> dict[str, Placed]:
         """Write plans in one statement, or none of them, where one can no longer be kept.
 
-        Raises one of CONTESTED, and nothing is written, where a hold is known.
+        Raises _ContestedError, and nothing is written, where a hold is known.
         """
         if not plans:
             return {}
@@ -147,6 +151,8 @@ class Commands:
             stocks, now = await store.place(connection, plans, seen, until)
         except asyncpg.DivisionByZeroError:
             return {}
+        except CONTESTED as error:  # of which outside of the connection some would mean that the database is away
+            raise _ContestedError from error
         self._cache.wrote(stocks.values(), now)
         return {
             request.hold_id: Placed(request.hold_id, plan.allocations, plan.short_lines, now, now + request.ttl)

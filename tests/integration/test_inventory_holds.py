@@ -6,6 +6,7 @@ import random
 import time
 from collections.abc import Iterable
 
+import asyncpg
 import pytest
 
 from services.inventory import commands as commands_module
@@ -155,6 +156,24 @@ async def test_one_id_with_other_content_is_named(commands: Commands) -> None:
     assert isinstance(twice, Refusal)
     assert isinstance(later, Refusal)
     assert twice.reason == later.reason == "REQUEST_ID_REUSED"
+
+
+async def test_what_a_cluster_says_of_a_known_hold_is_no_outage(
+    commands: Commands, inventory_db: Database, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has no code for it but that of an internal error: the exact way finds the hold, or places what is new."""
+    await put(commands, "A", 5)
+    (first,) = await commands.place([hold("h", ("A", "MAIN", 2))])
+    assert isinstance(first, Placed)
+
+    async def copied(*_: object) -> None:
+        raise asyncpg.InternalServerError
+
+    monkeypatch.setattr(store, "place", copied)
+    again, fresh = await commands.place([hold("h", ("A", "MAIN", 2)), hold("fresh", ("A", "MAIN", 3))])
+    assert again == dataclasses.replace(first, replayed=True)
+    assert held(fresh)
+    assert await stock(inventory_db, "A") == (5, 5)
 
 
 async def test_one_id_names_what_is_unknown_and_what_is_not(commands: Commands) -> None:
