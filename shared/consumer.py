@@ -33,12 +33,14 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaConnectio
 from shared import metrics, telemetry
 from shared.kafka import Brokers, stop
 from shared.outbox import partition_of, producer
+from shared.refusal import Refusal
 from shared.settings import KafkaSettings, load
 
 log = structlog.get_logger(__name__)
 Message: TypeAlias = "ConsumerRecord[bytes | None, bytes | None]"
 
 BATCH_MESSAGES_MAX = 500
+BUSY_SECONDS = 0.05
 BUSY_SECONDS_MAX = 5.0
 DLQ_WINDOW_SECONDS = 60
 IDLE_MS = 2_000
@@ -88,8 +90,9 @@ class Consumer:
     """Feeds `handle` with batches of one partition each. It buries what is poison, before it commits the rest.
 
     Offsets are Kafka's, committed after the handler. A handler that keeps them with what it writes gives
-    `positions`, which tells from where partitions are to be read; then Kafka's are left alone, and Elsewhere
-    makes the consumer ask again. After a small batch it waits for `linger_seconds`, so that the next one is larger.
+    `positions`, which tells from where partitions are to be read; then Kafka's are left alone, nothing is handled of a
+    partition before that is known, and Elsewhere makes the consumer ask again. While `positions` is refused it asks
+    again as well. After a small batch it waits for `linger_seconds`, so that the next one is larger.
     """
 
     def __init__(
@@ -132,13 +135,16 @@ class Consumer:
             auto_offset_reset="earliest",
             heartbeat_interval_ms=HEARTBEAT_MS,
         )
-        consumer.subscribe(self._topics, listener=_Assigned(lambda partitions: self._seek(consumer, partitions)))
+        consumer.subscribe(self._topics, listener=_Assigned(self._at.clear, lambda: self._seek(consumer)))
+        self._at.clear()
         sender = producer(self._brokers, self._group)
         try:
             await consumer.start()
             await sender.start()
             while True:
                 batches = await consumer.getmany(timeout_ms=1000, max_records=self._batch_messages_max)
+                if self._positions:
+                    batches = self._sought(batches)
                 self._tell_lag(consumer)
                 if batches:
                     async with asyncio.TaskGroup() as group:
@@ -147,11 +153,12 @@ class Consumer:
                             batch = Batch(partition, start, messages)
                             self._read_to[partition] = batch.end
                             group.create_task(self._work(consumer, sender, batch))
-                    if self._astray:
-                        self._astray = False
-                        await self._seek(consumer, consumer.assignment())
-                    if sum(map(len, batches.values())) < self._batch_messages_max / 2:
-                        await asyncio.sleep(self._linger_seconds)
+                wait = BUSY_SECONDS
+                while self._astray and not await self._seek(consumer):
+                    await asyncio.sleep(wait)
+                    wait = min(wait * 2, BUSY_SECONDS_MAX)
+                if batches and sum(map(len, batches.values())) < self._batch_messages_max / 2:
+                    await asyncio.sleep(self._linger_seconds)
         finally:
             for topic in self._topics:
                 metrics.CONSUMER_LAG.labels(self._group, topic).set(0)
@@ -167,12 +174,35 @@ class Consumer:
         for topic, messages in behind.items():
             metrics.CONSUMER_LAG.labels(self._group, topic).set(messages)
 
-    async def _seek(self, consumer: AIOKafkaConsumer, partitions: Collection[TopicPartition]) -> None:
-        """Read on from where the partitions have got to."""
-        if self._positions and partitions:
-            for partition, offset in (await self._positions(sorted(partitions))).items():
-                consumer.seek(partition, offset)
-                self._at[partition] = offset
+    def _sought(self, batches: Mapping[TopicPartition, list[Message]]) -> dict[TopicPartition, list[Message]]:
+        """Those that go on from where their partitions have got to; if any do not, all are to be asked for again.
+
+        aiokafka fetches as soon as it is assigned a partition, from the first message on as Kafka knows no offset. A
+        partition may also come back while a batch of it is under way, and is then sought to where that began.
+        """
+        sought = {
+            partition: messages
+            for partition, messages in batches.items()
+            if partition in self._at and messages[0].offset >= self._at[partition]
+        }
+        self._astray |= len(sought) < len(batches)
+        return sought
+
+    async def _seek(self, consumer: AIOKafkaConsumer) -> bool:
+        """Read on from where the partitions have got to; False where it cannot be known for the moment."""
+        self._astray = True
+        self._at.clear()
+        partitions = sorted(consumer.assignment())
+        try:
+            offsets = await self._positions(partitions) if self._positions and partitions else {}
+        except Refusal as refusal:
+            log.warning("positions are not known", group=self._group, why=refusal.message)
+            return False
+        for partition in consumer.assignment() & offsets.keys():
+            consumer.seek(partition, offsets[partition])
+            self._at[partition] = offsets[partition]
+        self._astray = False
+        return True
 
     async def _work(self, consumer: AIOKafkaConsumer, sender: AIOKafkaProducer, batch: Batch) -> None:
         # A partition that has moved to another member is worked again there; handlers are idempotent.
@@ -187,7 +217,8 @@ class Consumer:
                 await self._patiently(sender, batch)
             metrics.CONSUMED.labels(self._group, topic).inc(len(batch.messages))
             if self._positions:
-                self._at[batch.partition] = batch.end
+                if self._at.get(batch.partition) == batch.start:  # else it was assigned anew meanwhile
+                    self._at[batch.partition] = batch.end
             else:
                 await consumer.commit({batch.partition: batch.end})
         except Elsewhere:
@@ -204,7 +235,7 @@ class Consumer:
                 await self._bury(sender, message, poison)
                 self._buried.add(origin)
 
-        wait = 0.05
+        wait = BUSY_SECONDS
         while True:
             try:
                 await self._handle(batch, bury)
@@ -235,16 +266,21 @@ class Consumer:
 
 
 class _Assigned(ConsumerRebalanceListener):  # type: ignore[misc] # aiokafka has no types
-    """Calls `seek` with what was assigned, before anything of it is fetched."""
+    """Calls `forget` before partitions change hands, and `seek` after. Some of theirs may be fetched before it ends.
 
-    def __init__(self, seek: Callable[[Collection[TopicPartition]], Awaitable[None]]) -> None:
+    What `seek` raises aiokafka logs, and goes on.
+    """
+
+    def __init__(self, forget: Callable[[], None], seek: Callable[[], Awaitable[object]]) -> None:
+        self._forget = forget
         self._seek = seek
 
-    async def on_partitions_revoked(self, revoked: Collection[TopicPartition]) -> None:
+    async def on_partitions_revoked(self, _revoked: Collection[TopicPartition]) -> None:
         """What is under way finds its partition elsewhere."""
+        self._forget()
 
-    async def on_partitions_assigned(self, assigned: Collection[TopicPartition]) -> None:
-        await self._seek(assigned)
+    async def on_partitions_assigned(self, _assigned: Collection[TopicPartition]) -> None:
+        await self._seek()
 
 
 async def dead_letters(brokers: Brokers, topic: str, *, limit: int, group: str | None = None) -> list[Message]:

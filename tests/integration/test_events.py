@@ -2,10 +2,10 @@
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping, Sequence
 
 import pytest
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from holdfast.inventory.v1 import events_pb2
 from holdfast.inventory.v1 import inventory_pb2 as ip
 
@@ -15,7 +15,7 @@ from services.inventory.commands import Commands
 from services.inventory.workers import MOVEMENTS, obey
 from shared import watermark
 from shared.consumer import Batch, Bury, Busy, Consumer, DeadLetterLimitError, Message, Poison, dead_letters, replay
-from shared.database import Database
+from shared.database import Database, unavailable
 from shared.outbox import Event, Relay, producer, write
 from shared.topics import Topic
 from tests.e2e.shop import new
@@ -234,3 +234,43 @@ async def test_busy_waits_and_too_many_dead_letters_stop(stack: Stack, sender: A
     assert stopped.group_contains(DeadLetterLimitError)
     assert tries >= 3
     assert len(await read(stack, f"{topic}.dlq", 3)) == 3
+
+
+@pytest.mark.parametrize("trouble", ["away", "slow"])
+async def test_nothing_is_handled_before_its_place_is_known(
+    stack: Stack, sender: AIOKafkaProducer, trouble: str
+) -> None:
+    """Where the offsets are not to be had at once: what Kafka gives meanwhile, from the first message on, is left."""
+    topic = new("sought")
+    stack.create_topics(Topic(topic))
+    place = TopicPartition(topic, 0)
+    for n in range(10):
+        await sender.send_and_wait(topic, json.dumps(n).encode(), partition=0)
+    at, asked, ended = 6, 0, asyncio.Event()
+    handled: list[tuple[int, int]] = []
+
+    async def positions(places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        nonlocal asked
+        asked += 1
+        if trouble == "away" and asked < 4:
+            raise unavailable()
+        if trouble == "slow":
+            await asyncio.sleep(2)  # longer than what is fetched meanwhile needs to come
+        return {one: at if one == place else 0 for one in places}
+
+    async def handle(batch: Batch, _bury: Bury) -> None:
+        nonlocal at
+        handled.append((batch.start, batch.messages[0].offset))
+        at = batch.end
+        if at == 10:
+            ended.set()
+
+    running = asyncio.ensure_future(
+        Consumer(stack.brokers, [topic], new("group"), f"{topic}.dlq", handle, positions=positions).run()
+    )
+    try:
+        await asyncio.wait_for(ended.wait(), 30)
+    finally:
+        running.cancel()
+        await asyncio.wait([running])
+    assert handled == [(6, 6)]

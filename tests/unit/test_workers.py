@@ -1,9 +1,15 @@
 """How workers are kept going, on a clock that does not wait."""
 
 import asyncio
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
-from shared import workers
+import pytest
+from aiokafka import ConsumerRecord, TopicPartition
+
+from shared import consumer, workers
+from shared.consumer import Batch, Bury, Busy, Consumer, Elsewhere, Message
+from shared.kafka import Brokers
 from tests.model.sim_loop import SimLoop, run
 
 
@@ -43,3 +49,78 @@ def test_a_worker_that_fails_starts_again_when_it_would_have_looked_again() -> N
 
     run(loop, main())
     assert began == [0, 0.25, 0.5]
+
+
+PLACE = TopicPartition("topic", 0)
+
+
+class Kafka:
+    """A partition of ten messages, as aiokafka gives it to a group that commits nothing."""
+
+    def __init__(self, **_options: object) -> None:
+        self.listener: Any = None
+        self._at = 0
+        self._owned: set[TopicPartition] = set()
+
+    def subscribe(self, _topics: Sequence[str], *, listener: object) -> None:
+        self.listener = listener
+
+    async def start(self) -> None:
+        if self.listener:
+            await self.assign()
+
+    async def assign(self) -> None:
+        """A rebalance gives the partition back: it is read from its first message on, until it is sought."""
+        await self.listener.on_partitions_revoked(self._owned)
+        self._owned, self._at = {PLACE}, 0
+        await self.listener.on_partitions_assigned(self._owned)
+
+    async def getmany(self, *, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Message]]:
+        offsets = range(self._at, min(self._at + max_records, 10))
+        self._at = offsets.stop
+        await asyncio.sleep(0 if offsets else timeout_ms / 1000)
+        found: list[Message] = [ConsumerRecord(*PLACE, n, 0, 0, b"", b"", None, 0, 0, ()) for n in offsets]
+        return {PLACE: found} if found else {}
+
+    def assignment(self) -> set[TopicPartition]:
+        return self._owned
+
+    def seek(self, _partition: TopicPartition, offset: int) -> None:
+        self._at = offset
+
+    def highwater(self, _partition: TopicPartition) -> int:
+        return 10
+
+    async def stop(self) -> None:
+        """There is nothing to stop."""
+
+
+def test_a_partition_that_comes_back_during_a_batch_does_not_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is sought to where the batch began, before that is kept: what is read again there is left."""
+    kafka, kept = Kafka(), 0
+    handled: list[tuple[int, int]] = []
+    monkeypatch.setattr(consumer, "AIOKafkaConsumer", lambda **_: kafka)
+    monkeypatch.setattr(consumer, "producer", lambda *_: Kafka())
+
+    async def positions(places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        return dict.fromkeys(places, kept)
+
+    async def handle(batch: Batch, _bury: Bury) -> None:
+        nonlocal kept
+        if not handled:
+            handled.append((0, 0))
+            await kafka.assign()
+            raise Busy("the database is away")
+        if batch.start != kept:
+            raise Elsewhere
+        handled.append((batch.messages[0].offset, batch.end))
+        kept = batch.end
+
+    async def main() -> None:
+        one = Consumer(Brokers("unused"), ["topic"], "group", "dlq", handle, batch_messages_max=4, positions=positions)
+        running = asyncio.ensure_future(one.run())
+        await asyncio.wait([running], timeout=60)
+        assert not running.done()
+
+    run(SimLoop(1), main())
+    assert handled[1:] == [(0, 4), (4, 8), (8, 10)]
