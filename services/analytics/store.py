@@ -20,6 +20,10 @@ LAG_BASE = 1.1
 # Cut by month.
 MONTHLY = ("movement", "goods_return", "refusal", "reservation", "reservation_state", "sale", "desk.signal")
 WINDOWS = {"24h": timedelta(hours=24), "7d": timedelta(days=7), "30d": timedelta(days=30)}
+LONGEST = max(WINDOWS.values())
+# What is forgotten, by which time, and how long it is kept.
+KEPT = (("activity", "hour", timedelta(days=31)), ("lag", "minute", timedelta(days=1)))
+PORTION = timedelta(hours=1)
 
 # -- where a partition has got to: for the projection in `consumed`, for antifraud in a table like it
 
@@ -183,8 +187,9 @@ FROM (
 WHERE view.sku = gone.sku AND view.location = gone.location
 """
 AGED = "UPDATE aging SET aged_to = $1"
-FORGET_ACTIVITY = "DELETE FROM activity WHERE hour < $1::timestamptz - interval '31 days'"
-FORGET_LAG = "DELETE FROM lag WHERE minute < now() - interval '1 day'"
+AGED_TO = "SELECT aged_to FROM aging"
+OLDEST = "SELECT min({time}) FROM {table} WHERE {time} < $1"
+FORGET = "DELETE FROM {table} WHERE {time} < $1"
 
 MONTHS_TO_SNAPSHOT = """
 SELECT month FROM generate_series(
@@ -327,7 +332,10 @@ async def _names(connection: Connection, skus: set[str]) -> dict[str, tuple[str,
 
 
 async def _add_activity(connection: Connection, movements: Iterable[Movement]) -> dict[Key, tuple[int, ...]]:
-    """Count sales and returns by the hour; what they add to the mart's sums (sold, then returned) of each key."""
+    """Count sales and returns by the hour; what they add to the mart's sums (sold, then returned) of each key.
+
+    Hours that no window counts any more are not written: of a history that is read anew these are most.
+    """
     hours: dict[tuple[str, str, datetime], list[int]] = {}
     for movement in movements:
         sold, returned = _sold(movement), _returned(movement)
@@ -339,6 +347,9 @@ async def _add_activity(connection: Connection, movements: Iterable[Movement]) -
     if not hours:
         return {}
     aged_to = await connection.fetchval(SHARE_AGING)
+    hours = {key: counts for key, counts in hours.items() if key[2] >= aged_to - LONGEST}
+    if not hours:
+        return {}
     await connection.execute(ADD_ACTIVITY, *columns(((*key, *hours[key]) for key in sorted(hours)), 5))
     sums: dict[Key, list[int]] = {}
     for (sku, location, hour), counts in hours.items():
@@ -442,9 +453,21 @@ async def age(connection: Connection) -> int:
         for window, length in WINDOWS.items():
             await connection.execute(AGE.format(window=window), row["aged_to"], row["now"], length)
         await connection.execute(AGED, row["now"])
-        await connection.execute(FORGET_ACTIVITY, row["now"])
-        await connection.execute(FORGET_LAG)
     return hours
+
+
+async def forget(connection: Connection) -> int:
+    """Delete the oldest hour of what is kept no longer; return how many rows. Events need not wait for it."""
+    # Cut by time and not by LIMIT, which the statements of a cluster cannot have.
+    aged_to = await connection.fetchval(AGED_TO)
+    count = 0
+    for table, time, kept in KEPT:
+        oldest = await connection.fetchval(OLDEST.format(table=table, time=time), aged_to - kept)
+        if oldest:
+            end = min(oldest + PORTION, aged_to - kept)
+            status = await connection.execute(FORGET.format(table=table, time=time), end)
+            count += int(status.split()[-1])
+    return count
 
 
 async def partitions_with_gaps(connection: Connection) -> list[int]:

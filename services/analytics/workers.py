@@ -130,6 +130,8 @@ class Workers:
         hours = await self._database.run(store.age)
         if hours:
             log.info("sums aged", hours=hours)
+        # A turn forgets an hour: however much there is, the sums are aged in between.
+        await self._database.run(store.forget)
 
     async def _reconcile(self) -> None:
         keys, units = await reconcile(self._database)

@@ -9,7 +9,7 @@ import pytest
 from services.analytics import history, projection, store, workers
 from services.analytics.domain import Movement
 from shared import partitions
-from shared.database import Database
+from shared.database import Connection, Database
 from shared.refusal import Refusal
 from tests.integration.ledger import movements
 
@@ -51,6 +51,42 @@ async def test_sums_are_those_of_their_windows_whenever_they_are_aged(analytics_
             ]  # fmt: skip
             assert row[f"sold_{window}"] == -sum(m.on_hand_delta for m in inside if m.kind == "COMMIT")
             assert row[f"returned_{window}"] == sum(m.on_hand_delta for m in inside if m.kind == "RETURN")
+
+
+async def test_what_no_window_counts_is_not_written_by_the_hour(analytics_db: Database) -> None:
+    """A history that is read anew leaves none of it, and the sums are those of what is younger."""
+    now = datetime.now(UTC)
+    times = [now - timedelta(days=40, minutes=n) for n in range(100)] + [now - timedelta(days=2)] * 50
+    ledger = movements(random.Random(7), SKUS, times)
+    await write(analytics_db, ledger)
+    async with analytics_db.connection() as connection:
+        oldest, sold = await connection.fetchrow("SELECT min(hour), sum(sold) FROM activity") or (now, 0)
+        sums = await connection.fetchrow("SELECT sum(sold_24h), sum(sold_7d), sum(sold_30d) FROM stock_view")
+    assert oldest > now - timedelta(days=3)
+    assert sold == -sum(m.on_hand_delta for m in ledger[100:] if m.kind == "COMMIT")
+    assert tuple(sums or ()) == (0, sold, sold)
+
+
+async def test_old_hours_are_forgotten_one_by_one_and_nobody_waits(analytics_db: Database) -> None:
+    """Aging deletes none; forgetting takes an hour of each, and events are written meanwhile."""
+    fill = "INSERT INTO activity SELECT 'S' || n % 7, 'L' || n, $1::timestamptz, 1, 0 FROM generate_series(1, $2) AS n"
+    async with analytics_db.connection() as connection:
+        aged_to = await connection.fetchval("UPDATE aging SET aged_to = aged_to - interval '1 hour' RETURNING aged_to")
+        for days, hours, count in ((50, 0, 30), (40, 0, 20), (40, -1, 10), (31, -2, 5), (30, 0, 3)):
+            await connection.execute(fill, aged_to - timedelta(days=days, hours=hours), count)
+        await connection.execute("INSERT INTO lag VALUES (now() - interval '2 days', 't', 0, 0, 1)")
+    assert await analytics_db.run(store.age)
+
+    async def forgotten(connection: Connection) -> int:
+        count = await store.forget(connection)
+        async with analytics_db.connection() as other, other.transaction():
+            await other.execute("SET LOCAL lock_timeout = '1s'")
+            assert await other.fetchval(store.SHARE_AGING)
+        return count
+
+    assert [await analytics_db.run(forgotten) for _ in range(4)] == [31, 20, 10, 0]
+    async with analytics_db.connection() as connection:
+        assert await connection.fetchval("SELECT count(*) FROM activity") == 8
 
 
 async def test_stock_at_an_instant_survives_snapshots_and_dropped_months(analytics_db: Database) -> None:
