@@ -36,6 +36,7 @@ class Projection:
 
     async def positions(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
         """The next offset of each partition."""
+        self._made.clear()  # a rebuild may have replaced the tables, with months that are its own
         async with self._database.connection() as connection:
             return await store.positions(connection, places)
 
