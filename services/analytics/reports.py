@@ -318,11 +318,16 @@ def funnel(request: pb.ReportFunnelRequest, asked: Range) -> Report:
 
 
 def cover(request: pb.ReportCoverRequest, asked: Range) -> Report:
-    """Moving averages over the days with sales; a day without adds nothing to them."""
+    """Moving averages over the days with sales; a day without adds nothing to them.
+
+    The range may end at any time of day, and its last 7 and 28 days do as well; the peak is of whole days.
+    """
     report = Report(pb.CoverRow, {"slowness": "float8", "sku": CODE})
-    zone, end = report.bind(asked.time_zone), report.bind(asked.end)
+    zone = report.bind(asked.time_zone)
     days = f"{report.bind(max(1.0, (asked.end - asked.start) / timedelta(days=1)))}::float8"
-    first, last = (f"({time}::timestamptz AT TIME ZONE {zone})" for time in (report.bind(asked.start), end))
+    first, last = (
+        f"({time}::timestamptz AT TIME ZONE {zone})" for time in (report.bind(asked.start), report.bind(asked.end))
+    )
     dates = f"(({last} - interval '1 us')::date - {first}::date + 1)"
     within = " AND ".join(_within(report, "order_time", asked))
     conditions = " AND ".join(["active", *_below(report, "category", request.category)])
@@ -331,7 +336,9 @@ def cover(request: pb.ReportCoverRequest, asked: Range) -> Report:
           SELECT sku, max(name) AS name, sum(available)::bigint AS available FROM stock_view WHERE {conditions}
           GROUP BY sku HAVING sum(available) > 0
         ), daily AS (
-          SELECT sku, date_trunc('day', order_time AT TIME ZONE {zone}) AS day, sum(units) AS units
+          SELECT sku, date_trunc('day', order_time AT TIME ZONE {zone}) AS day, sum(units) AS units,
+                 sum(units) FILTER (WHERE order_time AT TIME ZONE {zone} >= {last} - interval '7 days') AS units_7d,
+                 sum(units) FILTER (WHERE order_time AT TIME ZONE {zone} >= {last} - interval '28 days') AS units_28d
           FROM sale WHERE {within} GROUP BY 1, 2
         ), moving AS (
           SELECT *, sum(units) OVER (
@@ -340,11 +347,9 @@ def cover(request: pb.ReportCoverRequest, asked: Range) -> Report:
           FROM daily
         ), paced AS (
           SELECT sku, sum(units)::bigint AS sold, count(*) AS days_sold, max(average_7d) AS peak_7d,
-                 coalesce(sum(units) FILTER (WHERE moving.day >= last.day - interval '7 days'), 0) / least(7, {days})
-                   AS average_7d,
-                 coalesce(sum(units) FILTER (WHERE moving.day >= last.day - interval '28 days'), 0) / least(28, {days})
-                   AS average_28d
-          FROM moving CROSS JOIN (SELECT {end}::timestamptz AT TIME ZONE {zone} AS day) AS last GROUP BY sku, last.day
+                 coalesce(sum(units_7d), 0) / least(7, {days}) AS average_7d,
+                 coalesce(sum(units_28d), 0) / least(28, {days}) AS average_28d
+          FROM moving GROUP BY sku
         ), covered AS (
           SELECT stock.*, coalesce(sold, 0) AS sold, greatest(0, {dates} - coalesce(days_sold, 0)) AS quiet_days,
                  coalesce(average_7d, 0)::float8 AS average_7d, coalesce(average_28d, 0)::float8 AS average_28d,

@@ -1,7 +1,7 @@
-"""A report reads the months that it was asked for, and no other."""
+"""A report reads the months that it was asked for, and no other; and counts to the instant."""
 
 from collections.abc import AsyncIterator, Callable
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 
 import pytest
 from holdfast.analytics.v1 import analytics_pb2 as pb
@@ -10,6 +10,7 @@ from bench import analytics as history
 from services.analytics import reports
 from services.analytics.reports import Range, Report
 from services.analytics.store import MONTHLY
+from shared import partitions
 from shared.database import Database
 
 MOVEMENTS = 60_000
@@ -59,3 +60,25 @@ async def test_history_of_a_key_is_read_by_index(long: Database) -> None:
     plan = "\n".join(row[0] for row in rows)
     assert "Index" in plan
     assert "Seq Scan" not in plan
+
+
+@pytest.mark.parametrize("hour", [0, 12])
+async def test_averages_end_when_their_range_does(analytics_db: Database, hour: int) -> None:
+    """Ten units a day at six in the evening are ten a day, at whatever time of day the range ends."""
+    start = datetime(2026, 4, 12, hour, tzinfo=UTC)
+    days = [start.replace(hour=18) + timedelta(days=n) for n in range(-1, 29)]
+    async with analytics_db.connection() as connection:
+        await connection.execute(
+            "INSERT INTO stock_view VALUES ('A', 'MAIN', '', '', 70, 0, 0, 0, 0, 70, 0, 0, 0, 0, 0, 0, $1, $1, 1)",
+            start,
+        )
+        for month in (4, 5):
+            await partitions.make(connection, "sale", datetime(2026, month, 1, tzinfo=UTC))
+        for n, time in enumerate(days):
+            await connection.execute(
+                "INSERT INTO sale VALUES ('A', $1, $2, 1, 'MAIN', 'GBP', '', '', 10, 0, $1)", time, f"r{n}"
+            )
+        for zone in ("UTC", "Europe/London"):
+            report = reports.cover(pb.ReportCoverRequest(), Range(start, start + timedelta(days=28), zone))
+            ((row,), _) = await report.page(connection, None, 5)
+            assert (row.sold, row.average_7d, row.average_28d, row.days_of_cover) == (280, 10, 10, 7)
