@@ -3,6 +3,7 @@
 import re
 from datetime import UTC, datetime, timedelta
 from typing import Any
+from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from google.protobuf.duration_pb2 import Duration
 from google.protobuf.message import Message
@@ -41,6 +42,15 @@ def text(value: str, field: str, characters_max: int) -> str:
     if CONTROL.search(value):
         raise invalid(field, "must not have control characters")
     return value
+
+
+def time_zone(value: str, field: str) -> str:
+    """An IANA name; UTC where it is empty. PostgreSQL takes others too: its "UTC+2" lies to the west."""
+    try:
+        ZoneInfo(value or "UTC")
+    except (ZoneInfoNotFoundError, ValueError, OSError):
+        raise invalid(field, "must be known") from None
+    return value or "UTC"
 
 
 def name(enum: Any, value: int, field: str, prefix: str, *, optional: bool = False) -> str:

@@ -6,7 +6,6 @@ import re
 from collections.abc import Awaitable, Callable, Mapping
 from datetime import time
 from typing import Any
-from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 
 from holdfast.analytics.v1 import notification_pb2 as pb
 from holdfast.analytics.v1 import notification_pb2_grpc
@@ -265,12 +264,7 @@ def _quiet(asked: pb.Subscription) -> QuietHours | None:
     start, end = _local(quiet.start, "start"), _local(quiet.end, "end")
     if start == end:
         raise check.invalid("subscription.quiet_hours.end", "must be other than start")
-    zone = quiet.time_zone or "UTC"
-    try:
-        ZoneInfo(zone)
-    except (ZoneInfoNotFoundError, ValueError, OSError):
-        raise check.invalid("subscription.quiet_hours.time_zone", "must be known") from None
-    return QuietHours(start, end, zone)
+    return QuietHours(start, end, check.time_zone(quiet.time_zone, "subscription.quiet_hours.time_zone"))
 
 
 def _local(text: str, field: str) -> time:

@@ -58,7 +58,7 @@ def time_range(value: pb.TimeRange, now: datetime) -> Range:
             raise check.invalid(f"range.{name}", f"must be from {check.YEARS.start} to {check.YEARS.stop - 1}")
     if end <= start:
         raise check.invalid("range.end_time", "must be after start_time")
-    return Range(start, end, check.text(value.time_zone, "range.time_zone", 64) or "UTC")
+    return Range(start, end, check.time_zone(value.time_zone, "range.time_zone"))
 
 
 @dataclass(slots=True)

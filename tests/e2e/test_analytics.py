@@ -275,6 +275,7 @@ async def test_stock_outs_funnel_returns_and_cover(holdfast: Holdfast) -> None:
         ("ReportSales", ap.ReportSalesRequest(), "range.start_time"),
         ("ReportSales", ap.ReportSalesRequest(range=span(YEAR, YEAR)), "range.end_time"),
         ("ReportSales", ap.ReportSalesRequest(range=span(YEAR, zone="Mars"), period=ap.PERIOD_DAY), "range.time_zone"),
+        ("ReportTopSkus", ap.ReportTopSkusRequest(range=span(YEAR, zone="UTC+2")), "range.time_zone"),
         ("ReportSales", ap.ReportSalesRequest(range=span(YEAR), period=ap.PERIOD_HOUR), "period"),
         ("ReportSales", ap.ReportSalesRequest(range=span(YEAR), dimensions=[ap.SALES_DIMENSION_SKU] * 2), "dimensions"),
         ("ReportCover", ap.ReportCoverRequest(range=span(YEAR)), "range"),

@@ -8,10 +8,12 @@ from holdfast.analytics.v1 import analytics_pb2 as pb
 
 from bench import analytics as history
 from services.analytics import reports
-from services.analytics.reports import Range, Report
+from services.analytics.reports import Range, Report, time_range
 from services.analytics.store import MONTHLY
 from shared import partitions
 from shared.database import Database
+from shared.refusal import Refusal
+from shared.wire import timestamp
 
 MOVEMENTS = 60_000
 MAY = Range(datetime(2026, 5, 3, tzinfo=UTC), datetime(2026, 5, 20, tzinfo=UTC), "Europe/London")
@@ -82,3 +84,17 @@ async def test_averages_end_when_their_range_does(analytics_db: Database, hour: 
             report = reports.cover(pb.ReportCoverRequest(), Range(start, start + timedelta(days=28), zone))
             ((row,), _) = await report.page(connection, None, 5)
             assert (row.sold, row.average_7d, row.average_28d, row.days_of_cover) == (280, 10, 10, 7)
+
+
+@pytest.mark.parametrize("zone", ["UTC+2", "Nowhere/No", "../UTC", "Europe"])
+def test_a_time_zone_has_an_iana_name(zone: str) -> None:
+    """PostgreSQL would take some of these, to mean something else; and where nothing is read it would take all."""
+    with pytest.raises(Refusal) as refused:
+        time_range(pb.TimeRange(start_time=timestamp(MAY.start), time_zone=zone), MAY.end)
+    assert (refused.value.reason, refused.value.metadata["field"]) == ("FIELD_INVALID", "range.time_zone")
+
+
+def test_no_time_zone_is_utc() -> None:
+    """And one that is known is itself."""
+    for zone, found in (("", "UTC"), ("Europe/London", "Europe/London")):
+        assert time_range(pb.TimeRange(start_time=timestamp(MAY.start), time_zone=zone), MAY.end).time_zone == found
