@@ -79,7 +79,8 @@ class Engine:
     async def apply(self, batch: Batch, _bury: Bury) -> None:
         """Judge a batch of one partition. What is poison the projection buries, and nobody judges.
 
-        Raises Busy while the database is away, Elsewhere when the partition is not where the batch begins.
+        Raises Busy while the database is away or a table that needs another month is in use, Elsewhere when the
+        partition is not where the batch begins.
         """
         await one_by_one(batch, leave, self._apply, self._judged_nothing)
 
@@ -212,8 +213,11 @@ class Engine:
     async def _make_partitions(self, changes: Iterable[Reservation]) -> None:
         wanted = {partitions.month(cases.moment(_times(change)[0])) for change in changes} | self._returned_months
         for month in sorted(wanted - self._months):
-            async with self._database.connection() as connection:
-                await partitions.make(connection, "desk.signal", month)
+            try:
+                async with self._database.connection() as connection:
+                    await partitions.make(connection, "desk.signal", month)
+            except partitions.IN_USE as error:
+                raise Busy("a table that needs another month is in use") from error
             self._months.add(month)
 
 

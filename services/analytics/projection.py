@@ -27,11 +27,21 @@ NEVER = datetime.min.replace(tzinfo=UTC)  # before any watermark
 
 
 class Projection:
-    """Applies events to a database. With `crossings` it is the live one, and the desk is told as well."""
+    """Applies events to a database. With `crossings` it is the live one, and the desk is told as well.
 
-    def __init__(self, database: Database, crossings: Crossings | None = None) -> None:
+    `lock_seconds_max` is how long it waits for a table that needs another month.
+    """
+
+    def __init__(
+        self,
+        database: Database,
+        crossings: Crossings | None = None,
+        *,
+        lock_seconds_max: float = partitions.LOCK_SECONDS_MAX,
+    ) -> None:
         self._database = database
         self._crossings = crossings
+        self._lock_seconds_max = lock_seconds_max
         self._made: set[tuple[str, datetime]] = set()
 
     async def positions(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
@@ -43,7 +53,8 @@ class Projection:
     async def apply(self, batch: Batch, bury: Bury) -> None:
         """Apply a batch of one partition.
 
-        Raises Busy while the database is away, Elsewhere when the partition is not where the batch begins.
+        Raises Busy while the database is away or a table that needs another month is in use, Elsewhere when the
+        partition is not where the batch begins.
         """
         await one_by_one(batch, bury, self._apply, self._run)
 
@@ -60,6 +71,8 @@ class Projection:
                     await self._reservations(place, await parse(batch.messages, codec.reservation, bury))
         except Refusal as refusal:
             raise Busy(refusal.message) from refusal
+        except partitions.IN_USE as error:
+            raise Busy("a table that needs another month is in use") from error
 
     async def _run(
         self,
@@ -107,7 +120,7 @@ class Projection:
     async def _make_partitions(self, wanted: set[tuple[str, datetime]]) -> None:
         for table, month in sorted(wanted - self._made):
             async with self._database.connection() as connection:
-                await partitions.make(connection, table, month)
+                await partitions.make(connection, table, month, lock_seconds_max=self._lock_seconds_max)
             self._made.add((table, month))
 
 

@@ -147,7 +147,7 @@ async def _fill(settings: Settings, database: Database) -> int:
         enable_auto_commit=False,
         auto_offset_reset="earliest",
     )
-    projection = Projection(database)
+    projection = Projection(database, lock_seconds_max=0)  # nobody but itself has these tables
     ages = Ages()
     at: dict[TopicPartition, int] = {}
     read, bar = 0, Bar()

@@ -142,8 +142,11 @@ class Workers:
         # Business times of other months get their partitions when they come.
         async with self._database.connection() as connection:
             for table in store.MONTHLY:
-                for ahead in range(MONTHS_AHEAD + 1):
-                    await partitions.make(connection, table, partitions.following(_this_month(), ahead))
+                try:
+                    for ahead in range(MONTHS_AHEAD + 1):
+                        await partitions.make(connection, table, partitions.following(_this_month(), ahead))
+                except partitions.IN_USE:
+                    log.warning("months are made later, as their table is in use", table=table)
             fresh = await history.freshness(connection)
         for start in await self._database.run(lambda connection: store.take_snapshots(connection, fresh.as_of)):
             log.info("snapshot taken", month=start.isoformat())

@@ -859,7 +859,7 @@ async def measure_holds(connection: Connection) -> tuple[int, float]:
 
 
 async def make_partitions(connection: Connection, today: datetime, months_ahead: int) -> None:
-    """Make the ledger's partitions of this month and of those to come."""
+    """Make the ledger's partitions of this month and of those to come. Raises what is `partitions.IN_USE`."""
     for ahead in range(months_ahead + 1):
         await partitions.make(connection, "movement", partitions.following(partitions.month(today), ahead))
 

@@ -17,7 +17,7 @@ from services.inventory import codec, requests, store
 from services.inventory.commands import Commands
 from services.inventory.domain import Adjustment, Reason
 from services.inventory.settings import Settings
-from shared import check, metrics, workers
+from shared import check, metrics, partitions, workers
 from shared.consumer import Batch, Bury, Busy, Consumer, Message, Poison
 from shared.database import Connection, Database
 from shared.outbox import OUTBOX, Group, Source
@@ -79,8 +79,11 @@ class Workers:
         )
 
     async def _partitions(self) -> None:
-        async with self._database.connection() as connection:
-            await store.make_partitions(connection, datetime.now(UTC), MONTHS_AHEAD)
+        try:
+            async with self._database.connection() as connection:
+                await store.make_partitions(connection, datetime.now(UTC), MONTHS_AHEAD)
+        except partitions.IN_USE:
+            log.warning("months are made later, as their table is in use", table="movement")
 
     async def _reconciling(self) -> None:
         with metrics.measured(metrics.DRIFT_UNITS):

@@ -1,5 +1,6 @@
 """What analytics does as time goes by: sums that age, snapshots at the turn of a month, months that are dropped."""
 
+import asyncio
 import random
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
@@ -87,6 +88,30 @@ async def test_old_hours_are_forgotten_one_by_one_and_nobody_waits(analytics_db:
     assert [await analytics_db.run(forgotten) for _ in range(4)] == [31, 20, 10, 0]
     async with analytics_db.connection() as connection:
         assert await connection.fetchval("SELECT count(*) FROM activity") == 8
+
+
+async def test_a_table_in_use_gets_its_month_later(analytics_db: Database) -> None:
+    """While a backup reads it: nobody waits long behind a missing month, and one that is there waits for none."""
+    table, missing = "goods_return", datetime(2031, 1, 1, tzinfo=UTC)
+    blocked = "SELECT count(*) FROM pg_locks WHERE NOT granted AND relation = 'goods_return'::regclass"
+    async with analytics_db.connection() as reader, analytics_db.connection() as other, asyncio.timeout(10):
+        await partitions.make(other, table, partitions.month(datetime.now(UTC)))
+        async with reader.transaction():
+            await reader.fetch(f"SELECT FROM {table}")
+
+            async def make() -> None:
+                async with analytics_db.connection() as connection:
+                    await partitions.make(connection, table, missing)
+
+            making = asyncio.create_task(make())
+            while not await other.fetchval(blocked):
+                await asyncio.sleep(0.01)
+            await other.execute(f"INSERT INTO {table} VALUES ('A', 'MAIN', 1, now(), 1)")
+            with pytest.raises(partitions.IN_USE):
+                await making
+            await partitions.make(other, table, partitions.month(datetime.now(UTC)))
+        await partitions.make(other, table, missing)
+        await other.execute(f"DROP TABLE {table}_2031_01")
 
 
 async def test_stock_at_an_instant_survives_snapshots_and_dropped_months(analytics_db: Database) -> None:

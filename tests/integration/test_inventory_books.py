@@ -2,6 +2,7 @@
 
 import asyncio
 from datetime import UTC, datetime
+from typing import Any
 
 import pytest
 
@@ -9,6 +10,8 @@ from services.inventory import store, watch
 from services.inventory.commands import Commands
 from services.inventory.domain import Kind, Movement
 from services.inventory.watch import Watch
+from services.inventory.workers import MONTHS_AHEAD, Workers
+from shared import partitions
 from shared.database import Database
 from tests.integration.goods import assert_sound, change, hold, put
 
@@ -111,3 +114,19 @@ async def test_a_watch_reads_so_many_movements_at_a_time_of_however_many_keys(
     await follow.aclose()  # type: ignore[attr-defined]
     moved = [movement.after for movement in seen if isinstance(movement, Movement)]
     assert sorted((stock.sku, stock.version) for stock in moved) == [(sku, n) for sku, _ in keys for n in range(2, 11)]
+
+
+async def test_a_month_is_made_when_nobody_reads_the_ledger(inventory_db: Database) -> None:
+    """While a backup does, the worker leaves it for its next turn."""
+    unused: Any = None
+    worker = Workers(unused, inventory_db, unused, unused)
+    last = partitions.following(partitions.month(datetime.now(UTC)), MONTHS_AHEAD)
+    name = f"movement_{last:%Y_%m}"
+    async with inventory_db.connection() as reader:
+        await reader.execute(f"DROP TABLE IF EXISTS {name}")
+        async with reader.transaction():
+            await reader.fetch("SELECT FROM movement")
+            await worker._partitions()
+            assert not await reader.fetchval(partitions.IS_MADE, name)
+        await worker._partitions()
+        assert await reader.fetchval(partitions.IS_MADE, name)

@@ -14,7 +14,7 @@ from holdfast.reservation.v1 import reservation_pb2 as rp
 
 from services.analytics import codec
 from services.analytics.projection import Projection
-from shared.consumer import Batch, Elsewhere, Message, Poison
+from shared.consumer import Batch, Busy, Elsewhere, Message, Poison
 from shared.database import Database
 from shared.wire import timestamp
 from tests.integration.ledger import movements
@@ -164,3 +164,26 @@ async def test_months_are_made_again_where_the_tables_were_replaced(analytics_db
             await connection.execute("TRUNCATE reservation")
             for table in ("reservation", "reservation_state", "sale"):
                 await connection.execute(f"DROP TABLE {table}_2019_03")
+
+
+async def test_a_month_that_cannot_be_made_is_waited_for(analytics_db: Database) -> None:
+    """Busy while somebody else has the table; the same batch is applied afterwards."""
+    place = TopicPartition(codec.CHANGES_TOPIC, 0)
+    old = timestamp(datetime(2018, 3, 5, tzinfo=UTC))
+    one = rp.Reservation(
+        reservation_id="old", version=1, state=rp.RESERVATION_STATE_HELD, create_time=old, order_time=old,
+        update_time=old,
+    )  # fmt: skip
+    value = reservation_events.ReservationChanged(reservation=one).SerializeToString()
+    projection = Projection(analytics_db, lock_seconds_max=0.1)
+    batch = Batch(place, 0, [message(codec.CHANGES_TOPIC, 0, value)])
+    await projection.positions([place])
+    async with analytics_db.connection() as reader, reader.transaction():
+        await reader.fetch("SELECT FROM reservation")
+        with pytest.raises(Busy):
+            await projection.apply(batch, bury)
+    await projection.apply(batch, bury)
+    assert (await projection.positions([place]))[place] == 1
+    async with analytics_db.connection() as connection:
+        for table in ("reservation", "reservation_state", "sale"):
+            await connection.execute(f"DROP TABLE {table}_2018_03")
