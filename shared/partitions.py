@@ -1,7 +1,7 @@
 """Tables that are cut by time, a partition a month, in UTC.
 
-To add a month PostgreSQL wants the whole table for a moment. It waits LOCK_SECONDS_MAX at the most for those who have
-it, a backup or a long report, since everybody else waits behind it meanwhile; then it is to be tried again later.
+To add or drop a month PostgreSQL wants the whole table for a moment. It waits LOCK_SECONDS_MAX at the most for those
+who have it, a backup or a long report, since everybody else waits behind it meanwhile; then it is to be tried again.
 """
 
 from contextlib import suppress
@@ -46,6 +46,11 @@ async def make(
             f" FOR VALUES FROM ('{start.isoformat()}') TO ('{following(start).isoformat()}')",
             lock_seconds_max,
         )
+
+
+async def drop(connection: Connection, partition: str) -> None:
+    """Drop a partition. Not for use within a transaction. Raises what is IN_USE."""
+    await _change(connection, f"DROP TABLE IF EXISTS {partition}", LOCK_SECONDS_MAX)
 
 
 async def _change(connection: Connection, statement: str, lock_seconds_max: float) -> None:

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 from aiokafka import TopicPartition
 
 from services.analytics.domain import Applied, Key, Known, KnownReservation, Movement, Reservation, Sale
+from shared import partitions
 from shared.database import Connection, columns
 
 LAG_BASE = 1.1
@@ -498,11 +499,16 @@ async def take_snapshots(connection: Connection, complete_until: datetime) -> li
 
 
 async def drop_old(connection: Connection, oldest: datetime) -> list[str]:
-    """Drop months of movements that end before `oldest` and after which a snapshot stands; return their names."""
+    """Drop months of movements that end before `oldest` and after which a snapshot stands; return their names.
+
+    Not for use within a transaction, as a month has the table for itself until the end of its own. Snapshots that
+    nobody needs any more are forgotten after that; if it comes to no end, then with the next month.
+    """
     rows = await connection.fetch(DROPPABLE, oldest)
     for row in rows:
-        await connection.execute(f"DROP TABLE {row['relname']}")
-        await connection.execute(FORGET_SNAPSHOTS, row["ends"])
+        await partitions.drop(connection, row["relname"])
+    if rows:
+        await connection.execute(FORGET_SNAPSHOTS, rows[-1]["ends"])
     return [row["relname"] for row in rows]
 
 

@@ -151,8 +151,12 @@ class Workers:
         for start in await self._database.run(lambda connection: store.take_snapshots(connection, fresh.as_of)):
             log.info("snapshot taken", month=start.isoformat())
         oldest = datetime.now(UTC) - timedelta(days=31 * self._settings.retention_months)
-        for table in await self._database.run(lambda connection: store.drop_old(connection, oldest)):
-            log.info("dropped", table=table)
+        try:
+            async with self._database.connection() as connection:
+                for table in await store.drop_old(connection, oldest):
+                    log.info("dropped", table=table)
+        except partitions.IN_USE:
+            log.warning("months are dropped later, as their table is in use")
 
 
 async def measure(connection: Connection) -> None:

@@ -136,13 +136,40 @@ async def test_stock_at_an_instant_survives_snapshots_and_dropped_months(analyti
     assert await asked(instants) == whole
 
     oldest = datetime(2026, 5, 15, tzinfo=UTC)
-    dropped = await analytics_db.run(lambda connection: store.drop_old(connection, oldest))
+    async with analytics_db.connection() as connection:
+        dropped = await store.drop_old(connection, oldest)
     assert dropped == [f"movement_2026_0{month}" for month in range(1, 5)]
     kept = [n for n, time in enumerate(instants) if time >= datetime(2026, 5, 1, tzinfo=UTC)]
     assert await asked([instants[n] for n in kept]) == [whole[n] for n in kept]
     with pytest.raises(Refusal) as refused:
         await asked([datetime(2026, 4, 30, tzinfo=UTC)])
     assert refused.value.reason == "HISTORY_NOT_KEPT"
+
+
+async def test_a_month_is_dropped_while_nobody_has_its_table(analytics_db: Database) -> None:
+    """Not while a backup reads it; and others go on while the snapshots before its end are forgotten."""
+    begin, end = datetime(2026, 1, 10, tzinfo=UTC), datetime(2026, 4, 20, tzinfo=UTC)
+    await write(analytics_db, movements(random.Random(4), SKUS, [begin, begin + timedelta(days=30), end]))
+    await analytics_db.run(lambda connection: store.take_snapshots(connection, end))
+    async with analytics_db.connection() as other, analytics_db.connection() as watcher, asyncio.timeout(10):
+
+        async def drop() -> list[str]:
+            async with analytics_db.connection() as connection:
+                return await store.drop_old(connection, datetime(2026, 3, 1, tzinfo=UTC))
+
+        async with other.transaction():
+            await other.fetch("SELECT FROM movement")
+            with pytest.raises(partitions.IN_USE):
+                await drop()
+        async with other.transaction():
+            assert await other.fetch("SELECT FROM snapshot WHERE taken_at = '2026-02-01' FOR UPDATE")
+            dropping = asyncio.create_task(drop())
+            while not await watcher.fetchval("SELECT count(*) FROM pg_locks WHERE NOT granted"):
+                await asyncio.sleep(0.01)
+            assert await watcher.fetchval("SELECT to_regclass('movement_2026_02') IS NULL")
+            assert await watcher.fetchval("SELECT count(*) FROM movement") == 1
+        assert await dropping == ["movement_2026_01", "movement_2026_02"]
+        assert await watcher.fetchval("SELECT min(taken_at) FROM snapshot") == datetime(2026, 3, 1, tzinfo=UTC)
 
 
 async def test_a_mart_that_differs_from_the_ledger_is_told(analytics_db: Database) -> None:
