@@ -225,7 +225,7 @@ WHERE inhparent = 'movement'::regclass AND taken_at <= $1 ORDER BY taken_at
 FORGET_SNAPSHOTS = "DELETE FROM snapshot WHERE taken_at < $1"
 NEXT_KEYS = "SELECT sku, location FROM stock_view WHERE (sku, location) > ($1, $2) ORDER BY sku, location LIMIT $3"
 # Keys of the mart beside their last movements, where these are kept: by how many units they differ, and a unit for a
-# version that is another.
+# version that is another. The last is so by version: one before it may have been recorded at a later time.
 MART_DRIFT = """
 SELECT view.sku, view.location,
        coalesce(abs(view.on_hand - last.on_hand) + abs(view.held - last.held)
@@ -235,7 +235,7 @@ FROM unnest($1::text[], $2::text[]) AS key (sku, location)
   LEFT JOIN LATERAL (
     SELECT on_hand, held, version FROM movement
     WHERE movement.sku = view.sku AND movement.location = view.location AND recorded_at >= view.last_movement_at
-    ORDER BY recorded_at DESC, movement.version DESC LIMIT 1
+    ORDER BY movement.version DESC LIMIT 1
   ) AS last ON true
 ORDER BY view.sku, view.location
 """

@@ -183,3 +183,12 @@ async def test_a_mart_that_differs_from_the_ledger_is_told(analytics_db: Databas
     assert await workers.reconcile(analytics_db, keys_max=2) == (len(SKUS), 4)
     async with analytics_db.connection() as connection:
         assert (await history.lag(connection)).drift_units == 4
+
+
+async def test_the_last_movement_is_that_of_the_highest_version(analytics_db: Database) -> None:
+    """Though the one before was recorded later, as its transaction began later: a mart that agrees does not drift."""
+    now = datetime.now(UTC)
+    first, second = movements(random.Random(6), ["A"], [now - timedelta(minutes=2), now - timedelta(minutes=1)])
+    first = first._replace(recorded_at=now)
+    await write(analytics_db, [first, second])
+    assert await workers.reconcile(analytics_db) == (1, 0)

@@ -1,6 +1,6 @@
 """The tables of analytics, keyed by `sku` or `reservation_id` first, so that they can be distributed by it.
 
-What grows with time is partitioned by it; partitions are made as events need them (`store.make_partition`).
+What grows with time is partitioned by it; partitions are made as events need them (`shared.partitions.make`).
 """
 
 from alembic import op
