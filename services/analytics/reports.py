@@ -281,7 +281,8 @@ def stock_outs(request: pb.ReportStockOutsRequest, asked: Range) -> Report:
                refused.refused_units
         FROM islands LEFT JOIN stock_view AS view USING (sku, location)
           CROSS JOIN LATERAL (
-            SELECT count(*) AS refusals, coalesce(sum(requested - refusal.available), 0)::bigint AS refused_units
+            SELECT count(DISTINCT reservation_id) AS refusals,
+                   coalesce(sum(requested - refusal.available), 0)::bigint AS refused_units
             FROM refusal
             WHERE refusal.sku = islands.sku AND refusal.location IN (islands.location, '')
               AND refused_at >= start_time AND refused_at <= coalesce(end_time, now())

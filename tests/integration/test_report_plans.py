@@ -98,3 +98,19 @@ def test_no_time_zone_is_utc() -> None:
     """And one that is known is itself."""
     for zone, found in (("", "UTC"), ("Europe/London", "Europe/London")):
         assert time_range(pb.TimeRange(start_time=timestamp(MAY.start), time_zone=zone), MAY.end).time_zone == found
+
+
+async def test_an_order_is_refused_once_for_a_key(analytics_db: Database) -> None:
+    """However many of its lines ask for it; their units add up."""
+    out = datetime(2026, 5, 4, tzinfo=UTC)
+    async with analytics_db.connection() as connection:
+        await partitions.make(connection, "refusal", datetime(2026, 5, 1, tzinfo=UTC))
+        await connection.execute("INSERT INTO stock_out VALUES ('A', 'MAIN', 3, $1, $2)", out, out + timedelta(days=2))
+        for name, location, requested in (("one", "MAIN", 2), ("one", "", 3), ("two", "MAIN", 4)):
+            await connection.execute(
+                "INSERT INTO refusal (sku, refused_at, reservation_id, location, requested, available)"
+                " VALUES ('A', $1::timestamptz + interval '1 hour', $2, $3, $4, 1)",
+                out, name, location, requested,
+            )  # fmt: skip
+        ((row,), _) = await reports.stock_outs(pb.ReportStockOutsRequest(), MAY).page(connection, None, 5)
+    assert (row.refusals, row.refused_units) == (2, 6)
