@@ -56,7 +56,7 @@ class Projection:
         Raises Busy while the database is away or a table that needs another month is in use, Elsewhere when the
         partition is not where the batch begins.
         """
-        await one_by_one(batch, bury, self._apply, self._run)
+        await one_by_one(batch, bury, self._apply, self._pass)
 
     async def _apply(self, batch: Batch, bury: Bury) -> None:
         topic = batch.partition.topic
@@ -77,33 +77,37 @@ class Projection:
     async def _run(
         self,
         place: Place,
-        work: Callable[[Connection], Awaitable[None]] | None = None,
+        work: Callable[[Connection], Awaitable[Item]],
         recorded: Iterable[datetime] = (),
-    ) -> None:
+    ) -> Item:
         """Pass a batch and do its work, in one transaction; `recorded` are the times of its events."""
 
-        async def advanced(connection: Connection) -> None:
+        async def advanced(connection: Connection) -> Item:
             if not await store.advance(connection, place):
                 raise Elsewhere
-            if work:
-                await work(connection)
+            done = await work(connection)
             await store.count_lag(connection, place, recorded)
+            return done
 
-        await self._database.run(advanced)
+        return await self._database.run(advanced)
+
+    async def _pass(self, place: Place) -> None:
+        await self._run(place, _nothing)
 
     async def _movements(self, place: Place, movements: Sequence[Movement]) -> None:
         await self._make_partitions(
             {("movement", partitions.month(m.recorded_at)) for m in movements}
             | {("goods_return", partitions.month(m.occurred_at)) for m in movements if m.kind == "RETURN"}
         )
-        await self._run(
+        written = await self._run(
             place,
             lambda connection: write_movements(connection, place.partition, movements, self._crossings),
             [movement.recorded_at for movement in movements],
         )
+        count_units(written)
 
     async def _skus(self, place: Place, rows: Sequence[tuple[str, str, str, str, str, int, bool, int]]) -> None:
-        await self._run(place, (lambda connection: store.write_skus(connection, rows)) if rows else None)
+        await self._run(place, (lambda connection: store.write_skus(connection, rows)) if rows else _nothing)
 
     async def _reservations(self, place: Place, reservations: Sequence[Reservation]) -> None:
         months = {partitions.month(one.order_time) for one in reservations}
@@ -126,17 +130,15 @@ class Projection:
 
 async def write_movements(
     connection: Connection, partition: int, movements: Sequence[Movement], crossings: Crossings | None = None
-) -> None:
-    """Write the movements that are their keys' next, in the transaction that has locked the partition."""
+) -> list[Movement]:
+    """Write the movements that are their keys' next, in the transaction that has locked the partition; return them."""
     if not movements:
-        return
+        return []
     known = await store.known_keys(connection, ((m.sku, m.location) for m in movements))
     applied = domain.apply_movements(movements, known)
     for (sku, location), version in applied.gaps.items():
         log.warning("key stops at a gap", sku=sku, location=location, missing_version=version)
     await store.write_movements(connection, partition, applied, known)
-    for m, _ in applied.rows:
-        metrics.UNITS_MOVED.labels(m.kind).inc(max(abs(m.on_hand_delta), abs(m.held_delta)))
     if crossings:
         await crossings.judge(connection, applied, known)
         returned = [
@@ -146,6 +148,17 @@ async def write_movements(
         ]
         if returned:
             await cases.queue_returned(connection, returned)
+    return [m for m, _ in applied.rows]
+
+
+def count_units(movements: Iterable[Movement]) -> None:
+    """Tell of movements, once the transaction that wrote them is committed."""
+    for m in movements:
+        metrics.UNITS_MOVED.labels(m.kind).inc(max(abs(m.on_hand_delta), abs(m.held_delta)))
+
+
+async def _nothing(_connection: Connection) -> None:
+    """The work of a batch that has none."""
 
 
 async def _write_reservations(connection: Connection, reservations: Sequence[Reservation]) -> None:

@@ -20,7 +20,7 @@ from services.analytics.channels import Channel
 from services.analytics.domain import Key, Movement
 from services.analytics.fraud import Engine
 from services.analytics.notification_workers import NotificationWorkers
-from services.analytics.projection import Projection, write_movements
+from services.analytics.projection import Projection, count_units, write_movements
 from services.analytics.settings import Settings
 from shared import metrics, outbox, partitions, watermark, workers
 from shared.consumer import Consumer, Poison
@@ -205,14 +205,16 @@ async def heal(database: Database, brokers: Brokers, partition: int, crossings: 
     async with _reading(brokers, partition, stopped) as (read_until, end):
         await read_until(end)
 
-        async def work(connection: Connection) -> int:
+        async def work(connection: Connection) -> tuple[int, list[Movement]]:
             movements = await read_until(await store.lock_partition(connection, codec.MOVEMENTS_TOPIC, partition))
             await store.delete_gaps(connection, stopped)
             missing = sorted(movements, key=lambda movement: movement.version)
-            await write_movements(connection, partition, missing, crossings)
-            return len(stopped.keys() - (await store.gaps(connection, partition)).keys())
+            written = await write_movements(connection, partition, missing, crossings)
+            return len(stopped.keys() - (await store.gaps(connection, partition)).keys()), written
 
-        return await database.run(work)
+        healed, written = await database.run(work)
+        count_units(written)
+        return healed
 
 
 @asynccontextmanager

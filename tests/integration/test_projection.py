@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
+import asyncpg
 import pytest
 from aiokafka import ConsumerRecord, TopicPartition
 from holdfast.inventory.v1 import events_pb2 as inventory_events
@@ -12,8 +13,9 @@ from holdfast.inventory.v1 import inventory_pb2 as ip
 from holdfast.reservation.v1 import events_pb2 as reservation_events
 from holdfast.reservation.v1 import reservation_pb2 as rp
 
-from services.analytics import codec
+from services.analytics import codec, store
 from services.analytics.projection import Projection
+from shared import metrics
 from shared.consumer import Batch, Busy, Elsewhere, Message, Poison
 from shared.database import Database
 from shared.wire import timestamp
@@ -187,3 +189,29 @@ async def test_a_month_that_cannot_be_made_is_waited_for(analytics_db: Database)
     async with analytics_db.connection() as connection:
         for table in ("reservation", "reservation_state", "sale"):
             await connection.execute(f"DROP TABLE {table}_2018_03")
+
+
+async def test_units_are_counted_once_they_are_kept(analytics_db: Database, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A transaction that is started again counts its movements once, one that comes to nothing counts none."""
+    counters = [metrics.UNITS_MOVED.labels(kind) for kind in ("RECEIVE", "RETURN", "HOLD", "COMMIT", "RELEASE")]
+    count, faults = store.count_lag, [asyncpg.DeadlockDetectedError(), ValueError()]
+
+    async def failing(*arguments: Any) -> None:
+        if faults:
+            raise faults.pop()
+        await count(*arguments)
+
+    monkeypatch.setattr(store, "count_lag", failing)
+    place = TopicPartition(codec.MOVEMENTS_TOPIC, 0)
+    projection = Projection(analytics_db)
+    at = (await projection.positions([place]))[place]
+    values = moved(8)
+    batch = Batch(place, at, [message(codec.MOVEMENTS_TOPIC, offset, value) for offset, value in enumerate(values, at)])
+    before = sum(counter._value.get() for counter in counters)
+    with pytest.raises(ValueError):  # noqa: PT011 - the test's own
+        await projection.apply(batch, bury)
+    assert sum(counter._value.get() for counter in counters) == before
+    await projection.apply(batch, bury)
+    told = [inventory_events.StockMoved.FromString(value).movement for value in values]
+    units = sum(max(abs(m.on_hand_delta), abs(m.held_delta)) for m in told)
+    assert sum(counter._value.get() for counter in counters) == before + units
