@@ -12,7 +12,7 @@ from holdfast.analytics.v1 import analytics_pb2 as pb
 from holdfast.analytics.v1 import analytics_pb2_grpc
 
 from services.analytics import history, reports
-from services.analytics.domain import Reason
+from services.analytics.domain import Key, Reason
 from services.analytics.history import Freshness
 from services.analytics.reports import Report, time_range
 from services.analytics.settings import Settings
@@ -78,7 +78,10 @@ class Servicer(analytics_pb2_grpc.AnalyticsServiceServicer):
         _stock_view(request, datetime.now(UTC))
         check.count(len(request.min_versions), "min_versions", VERSIONS_MAX, least=0)
         if request.min_versions:
-            versions = {(seen.sku, seen.location): seen.version for seen in request.min_versions}
+            versions: dict[Key, int] = {}
+            for seen in request.min_versions:
+                key = (seen.sku, seen.location)
+                versions[key] = max(seen.version, versions.get(key, 0))
             await history.await_versions(self._database, versions, self._patience(context))
         return await self._page(pb.ListStockViewResponse, request, _stock_view)
 

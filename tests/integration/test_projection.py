@@ -3,11 +3,13 @@
 import random
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
+from types import SimpleNamespace
 from typing import Any
 
 import asyncpg
 import pytest
 from aiokafka import ConsumerRecord, TopicPartition
+from holdfast.analytics.v1 import analytics_pb2 as ap
 from holdfast.inventory.v1 import events_pb2 as inventory_events
 from holdfast.inventory.v1 import inventory_pb2 as ip
 from holdfast.reservation.v1 import events_pb2 as reservation_events
@@ -15,9 +17,13 @@ from holdfast.reservation.v1 import reservation_pb2 as rp
 
 from services.analytics import codec, store
 from services.analytics.projection import Projection
+from services.analytics.servicer import Servicer
+from services.analytics.settings import Settings
+from services.analytics.turns import Turns
 from shared import metrics
 from shared.consumer import Batch, Busy, Elsewhere, Message, Poison
 from shared.database import Database
+from shared.refusal import Refusal
 from shared.wire import timestamp
 from tests.integration.ledger import movements
 
@@ -215,3 +221,15 @@ async def test_units_are_counted_once_they_are_kept(analytics_db: Database, monk
     told = [inventory_events.StockMoved.FromString(value).movement for value in values]
     units = sum(max(abs(m.on_hand_delta), abs(m.held_delta)) for m in told)
     assert sum(counter._value.get() for counter in counters) == before + units
+
+
+async def test_a_key_that_is_named_twice_is_waited_for_at_its_highest_version(analytics_db: Database) -> None:
+    """In whichever order."""
+    settings = Settings(database_dsn="postgresql://unused", wait_seconds_max=0.01)
+    servicer = Servicer(settings, analytics_db, Turns(1, 1))
+    context: Any = SimpleNamespace(time_remaining=lambda: None)
+    for versions in ((1, 9), (9, 1)):
+        seen = [ap.SeenVersion(sku="A", location="MAIN", version=version) for version in versions]
+        with pytest.raises(Refusal) as refused:
+            await servicer.ListStockView(ap.ListStockViewRequest(min_versions=seen), context)
+        assert refused.value.metadata["version"] == "9"
