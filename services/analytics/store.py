@@ -177,13 +177,14 @@ SELECT * FROM unnest($1::text[], $2::timestamptz[], $3::text[], $4::text[], $5::
 # -- what the workers do
 
 LOCK_AGING = "SELECT aged_to, date_trunc('hour', now()) AS now FROM aging FOR UPDATE"
-# Takes from a window's sums the hours that have left it since it was last aged.
+# Takes from a window's sums the hours that have left it since it was last aged, row by row in the order of the keys.
 AGE = """
 UPDATE stock_view AS view SET sold_{window} = sold_{window} - gone.sold,
                               returned_{window} = returned_{window} - gone.returned
 FROM (
   SELECT sku, location, sum(sold)::bigint AS sold, sum(returned)::bigint AS returned FROM activity
-  WHERE hour >= $1::timestamptz - $3::interval AND hour < $2::timestamptz - $3::interval GROUP BY sku, location
+  WHERE hour >= $1::timestamptz - $3::interval AND hour < $2::timestamptz - $3::interval
+  GROUP BY sku, location ORDER BY sku, location
 ) AS gone
 WHERE view.sku = gone.sku AND view.location = gone.location
 """
