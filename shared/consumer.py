@@ -144,7 +144,7 @@ class Consumer:
             while True:
                 batches = await consumer.getmany(timeout_ms=1000, max_records=self._batch_messages_max)
                 if self._positions:
-                    batches = self._sought(batches)
+                    batches = self._sought(consumer, batches)
                 self._tell_lag(consumer)
                 if batches:
                     async with asyncio.TaskGroup() as group:
@@ -174,16 +174,20 @@ class Consumer:
         for topic, messages in behind.items():
             metrics.CONSUMER_LAG.labels(self._group, topic).set(messages)
 
-    def _sought(self, batches: Mapping[TopicPartition, list[Message]]) -> dict[TopicPartition, list[Message]]:
+    def _sought(
+        self, consumer: AIOKafkaConsumer, batches: Mapping[TopicPartition, list[Message]]
+    ) -> dict[TopicPartition, list[Message]]:
         """Those that go on from where their partitions have got to; if any do not, all are to be asked for again.
 
         aiokafka fetches as soon as it is assigned a partition, from the first message on as Kafka knows no offset. A
-        partition may also come back while a batch of it is under way, and is then sought to where that began.
+        partition may also come back while a batch of it is under way, and is then sought to where that began. One that
+        ends before where it has got to was made anew: it begins again.
         """
         sought = {
             partition: messages
             for partition, messages in batches.items()
-            if partition in self._at and messages[0].offset >= self._at[partition]
+            if (at := self._at.get(partition)) is not None
+            and (messages[0].offset >= at or (consumer.highwater(partition) or at) < at)
         }
         self._astray |= len(sought) < len(batches)
         return sought

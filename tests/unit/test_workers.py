@@ -76,6 +76,8 @@ class Kafka:
         await self.listener.on_partitions_assigned(self._owned)
 
     async def getmany(self, *, timeout_ms: int, max_records: int) -> dict[TopicPartition, list[Message]]:
+        if self._at > 10:  # a place that there is not
+            self._at = 0
         offsets = range(self._at, min(self._at + max_records, 10))
         self._at = offsets.stop
         await asyncio.sleep(0 if offsets else timeout_ms / 1000)
@@ -124,3 +126,30 @@ def test_a_partition_that_comes_back_during_a_batch_does_not_begin_again(monkeyp
 
     run(SimLoop(1), main())
     assert handled[1:] == [(0, 4), (4, 8), (8, 10)]
+
+
+def test_a_topic_that_was_made_anew_is_read_from_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It ends before the place that is kept: what it has is handled, and kept is where that has got to."""
+    kept = 20
+    handled: list[tuple[int, int]] = []
+    monkeypatch.setattr(consumer, "AIOKafkaConsumer", Kafka)
+    monkeypatch.setattr(consumer, "producer", lambda *_: Kafka())
+
+    async def positions(places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        return dict.fromkeys(places, kept)
+
+    async def handle(batch: Batch, _bury: Bury) -> None:
+        nonlocal kept
+        if batch.start != kept:
+            raise Elsewhere
+        handled.append((batch.messages[0].offset, batch.end))
+        kept = batch.end
+
+    async def main() -> None:
+        one = Consumer(Brokers("unused"), ["topic"], "group", "dlq", handle, batch_messages_max=4, positions=positions)
+        running = asyncio.ensure_future(one.run())
+        await asyncio.wait([running], timeout=60)
+        assert not running.done()
+
+    run(SimLoop(1), main())
+    assert handled == [(0, 4), (4, 8), (8, 10)]
