@@ -97,59 +97,58 @@ class Kafka:
         """There is nothing to stop."""
 
 
+class Kept:
+    """A handler that keeps where the partition has got to, as the projection does."""
+
+    def __init__(self, at: int) -> None:
+        self.at = at
+        self.handled: list[tuple[int, int]] = []  # first and after last, of each batch
+
+    async def positions(self, places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
+        return dict.fromkeys(places, self.at)
+
+    async def handle(self, batch: Batch, _bury: Bury) -> None:
+        if batch.start != self.at:
+            raise Elsewhere
+        self.handled.append((batch.messages[0].offset, batch.end))
+        self.at = batch.end
+
+    def consume(self, kafka: Kafka, monkeypatch: pytest.MonkeyPatch) -> None:
+        """All there is, in batches of four."""
+        monkeypatch.setattr(consumer, "AIOKafkaConsumer", lambda **_: kafka)
+        monkeypatch.setattr(consumer, "producer", lambda *_: Kafka())
+
+        async def main() -> None:
+            brokers, positions = Brokers("unused"), self.positions
+            one = Consumer(brokers, ["topic"], "group", "dlq", self.handle, batch_messages_max=4, positions=positions)
+            running = asyncio.ensure_future(one.run())
+            await asyncio.wait([running], timeout=60)
+            assert not running.done()
+
+        run(SimLoop(1), main())
+
+
 def test_a_partition_that_comes_back_during_a_batch_does_not_begin_again(monkeypatch: pytest.MonkeyPatch) -> None:
     """It is sought to where the batch began, before that is kept: what is read again there is left."""
-    kafka, kept = Kafka(), 0
-    handled: list[tuple[int, int]] = []
-    monkeypatch.setattr(consumer, "AIOKafkaConsumer", lambda **_: kafka)
-    monkeypatch.setattr(consumer, "producer", lambda *_: Kafka())
+    kafka = Kafka()
 
-    async def positions(places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
-        return dict.fromkeys(places, kept)
+    class Moved(Kept):
+        moved = False
 
-    async def handle(batch: Batch, _bury: Bury) -> None:
-        nonlocal kept
-        if not handled:
-            handled.append((0, 0))
-            await kafka.assign()
-            raise Busy("the database is away")
-        if batch.start != kept:
-            raise Elsewhere
-        handled.append((batch.messages[0].offset, batch.end))
-        kept = batch.end
+        async def handle(self, batch: Batch, bury: Bury) -> None:
+            if not self.moved:
+                self.moved = True
+                await kafka.assign()
+                raise Busy("the database is away")
+            await super().handle(batch, bury)
 
-    async def main() -> None:
-        one = Consumer(Brokers("unused"), ["topic"], "group", "dlq", handle, batch_messages_max=4, positions=positions)
-        running = asyncio.ensure_future(one.run())
-        await asyncio.wait([running], timeout=60)
-        assert not running.done()
-
-    run(SimLoop(1), main())
-    assert handled[1:] == [(0, 4), (4, 8), (8, 10)]
+    kept = Moved(0)
+    kept.consume(kafka, monkeypatch)
+    assert kept.handled == [(0, 4), (4, 8), (8, 10)]
 
 
 def test_a_topic_that_was_made_anew_is_read_from_its_beginning(monkeypatch: pytest.MonkeyPatch) -> None:
     """It ends before the place that is kept: what it has is handled, and kept is where that has got to."""
-    kept = 20
-    handled: list[tuple[int, int]] = []
-    monkeypatch.setattr(consumer, "AIOKafkaConsumer", Kafka)
-    monkeypatch.setattr(consumer, "producer", lambda *_: Kafka())
-
-    async def positions(places: Sequence[TopicPartition]) -> Mapping[TopicPartition, int]:
-        return dict.fromkeys(places, kept)
-
-    async def handle(batch: Batch, _bury: Bury) -> None:
-        nonlocal kept
-        if batch.start != kept:
-            raise Elsewhere
-        handled.append((batch.messages[0].offset, batch.end))
-        kept = batch.end
-
-    async def main() -> None:
-        one = Consumer(Brokers("unused"), ["topic"], "group", "dlq", handle, batch_messages_max=4, positions=positions)
-        running = asyncio.ensure_future(one.run())
-        await asyncio.wait([running], timeout=60)
-        assert not running.done()
-
-    run(SimLoop(1), main())
-    assert handled == [(0, 4), (4, 8), (8, 10)]
+    kept = Kept(20)
+    kept.consume(Kafka(), monkeypatch)
+    assert kept.handled == [(0, 4), (4, 8), (8, 10)]
