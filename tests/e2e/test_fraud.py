@@ -88,12 +88,17 @@ async def test_a_bot_is_stopped_and_honest_customers_are_not(holdfast: Holdfast)
 
 
 async def hasty(holdfast: Holdfast, customer: str, sku: str, count: int = 25) -> list[str]:
-    """Many holds of one customer within a minute long ago."""
+    """Many holds of one customer within a minute long ago, or as many as it is let have before it is blocked."""
     at = datetime(2026, 1, 5, 12, tzinfo=UTC)
     names = [new(customer) for _ in range(count)]
     for number, name in enumerate(names):
         time = at + timedelta(seconds=number)
-        await holdfast.reserve(name, [(sku, "", number % 3 + 1)], customer_id=customer, order_time=time)
+        try:
+            await holdfast.reserve(name, [(sku, "", number % 3 + 1)], customer_id=customer, order_time=time)
+        except Refusal as refusal:
+            if refusal.reason != "SUBJECT_BLOCKED":
+                raise
+            return names[:number]
     return names
 
 
