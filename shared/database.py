@@ -178,6 +178,11 @@ def columns(rows: Iterable[Sequence[Any]], count: int) -> list[list[Any]]:
     return [list(column) for column in zip(*rows, strict=True)] or [[] for _ in range(count)]
 
 
+def affected(status: str) -> int:
+    """The row count in a command tag such as "INSERT 0 5"."""
+    return int(status.rsplit(" ", 1)[1])
+
+
 async def fetch(connection: Connection, statement: Executable) -> list[Record]:
     """Run a SQLAlchemy Core statement on an asyncpg connection and return its rows."""
     compiled = statement.compile(dialect=DIALECT, compile_kwargs={"render_postcompile": True})  # type: ignore[attr-defined]

@@ -33,7 +33,7 @@ from services.analytics.channels.mail import Mail
 from services.analytics.channels.webhook import Webhook
 from services.analytics.settings import Settings
 from shared import metrics, telemetry, workers
-from shared.database import Connection, Database, Record, columns
+from shared.database import Connection, Database, Record, affected, columns
 
 log = structlog.get_logger(__name__)
 EVENTS_MAX = 100
@@ -237,7 +237,7 @@ async def forget(database: Database, before: datetime) -> None:
         async for _ in workers.turns(rest=1):
             async with database.connection() as connection:
                 done = await connection.execute(statement, before, FORGET_ROWS)
-            if int(done.split()[-1]) < FORGET_ROWS:
+            if affected(done) < FORGET_ROWS:
                 break
 
 

@@ -15,7 +15,7 @@ from aiokafka import TopicPartition
 
 from services.analytics.domain import Applied, Key, Known, KnownReservation, Movement, Reservation, Sale
 from shared import partitions
-from shared.database import Connection, columns
+from shared.database import Connection, affected, columns
 
 LAG_BASE = 1.1
 # Cut by month.
@@ -468,7 +468,7 @@ async def forget(connection: Connection) -> int:
         if oldest:
             end = min(oldest + PORTION, aged_to - kept)
             status = await connection.execute(FORGET.format(table=table, time=time), end)
-            count += int(status.split()[-1])
+            count += affected(status)
     return count
 
 

@@ -31,6 +31,7 @@ from shared.database import Database
 from shared.errors import ErrorMap
 from shared.refusal import Refusal
 from shared.server import Context
+from shared.slots import Slots
 from shared.wire import fingerprint, timestamp
 
 _CODES = grpc.StatusCode
@@ -84,8 +85,7 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
         self._catalogue = Catalogue(database, commands)
         self._watch = watch
         self._cache = cache
-        self._imports = 0
-        self._imports_max = settings.imports_max
+        self._imports = Slots("imports", settings.imports_max, "too many imports on this pod; come back later")
         self._place: Batcher[Sequence[HoldRequest], list[Placed | Refusal]]
         self._place = _batcher("holds", commands.place, settings)
         self._change: Batcher[Sequence[HoldChange], list[Changed | Refusal]]
@@ -218,19 +218,8 @@ class Servicer(inventory_pb2_grpc.InventoryServiceServicer):
     async def ImportStock(
         self, request: AsyncIterator[pb.ImportStockRequest], context: Context
     ) -> pb.ImportStockResponse:
-        # All rows of an import are in memory until it is done.
-        if self._imports >= self._imports_max:
-            raise Refusal(
-                Reason.OVERLOADED,
-                "too many imports on this pod; come back later",
-                queue="imports",
-                limit=self._imports_max,
-            )
-        self._imports += 1
-        try:
+        with self._imports.take():  # all rows of an import are in memory until it is done
             return await self._import(request)
-        finally:
-            self._imports -= 1
 
     async def _import(self, request: AsyncIterator[pb.ImportStockRequest]) -> pb.ImportStockResponse:
         request_id, dry_run, rows, errors = await requests.import_stream(request)

@@ -33,7 +33,7 @@ from services.inventory.domain import (
     grouped,
 )
 from shared import partitions, telemetry
-from shared.database import Connection, Record, fetch, unavailable
+from shared.database import Connection, Record, affected, fetch, unavailable
 
 LOOKS_MAX = 20
 LOOK_SECONDS = 0.01
@@ -419,11 +419,6 @@ class KnownChange:
     allocations: tuple[Allocation, ...]
     expires_at: datetime
     changed_at: datetime
-
-
-def affected(status: str) -> int:
-    """The row count in a command tag such as "INSERT 0 5"."""
-    return int(status.rsplit(" ", 1)[1])
 
 
 def split(rows: Iterable[Sequence[Any]], columns: int = 2) -> list[list[Any]]:

@@ -13,6 +13,7 @@ from services.inventory import store
 from services.inventory.domain import Key, Movement, Reason, Stock
 from shared.database import Database
 from shared.refusal import Refusal
+from shared.slots import Slots
 
 MOVEMENTS_MAX = 5_000  # read at a time, of all keys of a stream
 
@@ -23,20 +24,11 @@ class Watch:
     def __init__(self, database: Database, *, poll_seconds: float, streams_max: int) -> None:
         self._database = database
         self._poll_seconds = poll_seconds
-        self._streams_max = streams_max
-        self._streams = 0
+        self._slots = Slots("watch", streams_max, "too many watch streams on this pod")
 
     async def follow(self, keys: Sequence[tuple[Key, int]]) -> AsyncIterator[tuple[Stock | Movement, datetime]]:
         """Stock of each key whose version is 0, then movements of every key after its version, for ever."""
-        if self._streams >= self._streams_max:
-            raise Refusal(
-                Reason.OVERLOADED,
-                "too many watch streams on this pod",
-                queue="watch",
-                limit=self._streams_max,
-            )
-        self._streams += 1
-        try:
+        with self._slots.take():
             async with self._database.connection() as connection:
                 stocks = await store.read_stock(connection, [key for key, _ in keys])
             versions: dict[Key, int] = {}
@@ -58,8 +50,6 @@ class Watch:
                     yield movement, time
                 if not moved:
                     await asyncio.sleep(self._poll_seconds)
-        finally:
-            self._streams -= 1
 
 
 def _gone(key: Key, version: int) -> Refusal:

@@ -32,7 +32,7 @@ from services.reservation.domain import ChangeLine as ReservationLine
 from services.reservation.domain import Mode as ReservationMode
 from services.reservation.subjects import Identity
 from services.reservation.subjects import Kind as SubjectKind
-from shared.database import Connection, Database
+from shared.database import Connection, Database, affected
 from shared.outbox import OUTBOX
 from shared.refusal import Refusal
 from tests.integration.goods import change, distributed, hold, whole
@@ -623,7 +623,7 @@ async def test_two_relays_delete_what_both_have_sent(tried: Tried) -> None:
     async with tried.database.connection() as first, tried.database.connection() as second:
         ids = [group.id for group in await MOVEMENTS.peek(first, 10)]
         async with first.transaction():
-            assert store.affected(await first.execute(MOVEMENTS.delete, ids)) == 1
+            assert affected(await first.execute(MOVEMENTS.delete, ids)) == 1
             waiting = asyncio.ensure_future(second.execute(MOVEMENTS.delete, ids))
             await tried.blocked(waiting)
-        assert store.affected(await waiting) == 0
+        assert affected(await waiting) == 0
